@@ -1,0 +1,231 @@
+#include "../core/executor.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cmath>
+#include <memory>
+#include <optional>
+
+#include "../core/error.h"
+#include "bindings.h"
+
+namespace nb = nanobind;
+
+namespace pliant {
+namespace {
+
+template <typename T>
+using Array1 = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Array2 = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+template <typename T>
+T get(const nb::dict& dict, const char* key) {
+    if (!dict.contains(key))
+        throw FormatError(std::string("model: the key '") + key + "' is missing");
+    T value{};
+    if (!nb::try_cast<T>(dict[key], value))
+        throw FormatError(std::string("model: '") + key + "' is not of the right type");
+    return value;
+}
+
+float get_cap(const nb::dict& dict, const char* key) {
+    if (!dict.contains(key) || dict[key].is_none()) return 0.0f;
+    return get<float>(dict, key);
+}
+
+ModelSpec model_from(const nb::dict& d) {
+    ModelSpec m;
+    m.hidden = get<int>(d, "hidden");
+    m.layers = get<int>(d, "layers");
+    m.heads = get<int>(d, "heads");
+    m.kv_heads = get<int>(d, "kv_heads");
+    m.head_dim = get<int>(d, "head_dim");
+    m.ffn = get<int>(d, "ffn");
+    m.vocab = get<int>(d, "vocab");
+    m.context = get<int>(d, "context");
+    m.norm_eps = get<float>(d, "norm_eps");
+    m.tied = get<bool>(d, "tied");
+    m.embed_scale = get<float>(d, "embed_scale");
+    m.attn_scale = get<float>(d, "attn_scale");
+    m.attn_softcap = get_cap(d, "attn_softcap");
+    m.logit_softcap = get_cap(d, "logit_softcap");
+    const std::string activation = get<std::string>(d, "activation");
+    if (activation == "silu")
+        m.activation = Activation::kSilu;
+    else if (activation == "gelu_tanh")
+        m.activation = Activation::kGeluTanh;
+    else if (activation == "gelu")
+        m.activation = Activation::kGelu;
+    else
+        throw ModelError("the activation '" + activation + "' is not supported");
+    for (nb::handle item : get<nb::sequence>(d, "ropes")) {
+        const nb::dict rope = nb::cast<nb::dict>(item);
+        m.ropes.push_back(
+            {get<std::vector<float>>(rope, "inv_freq"), get<float>(rope, "scale")});
+    }
+    m.layer_rope = get<std::vector<int>>(d, "layer_rope");
+    m.layer_window = get<std::vector<int>>(d, "layer_window");
+    return m;
+}
+
+// IEEE half to float, for the scales of rows.
+float from_half(uint16_t h) {
+    const int exponent = h >> 10 & 31, mantissa = h & 1023;
+    const float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
+                                      : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+    return h & 0x8000 ? -value : value;
+}
+
+nb::object step_logits(Executor& self, const std::vector<int>& sequences, const std::vector<int>& counts,
+                const Array1<int32_t>& tokens, const std::vector<int>& want) {
+    if (sequences.size() != counts.size() || counts.size() != want.size())
+        throw UsageError("step: seqs, counts and want must have one length");
+    std::vector<Piece> pieces;
+    size_t total = 0;
+    for (size_t i = 0; i < counts.size(); ++i) {
+        if (counts[i] < 1 || want[i] < 0 || want[i] > 2)
+            throw UsageError("step: a count must be positive and a want 0, 1 or 2");
+        pieces.push_back({sequences[i], counts[i], want[i]});
+        total += static_cast<size_t>(counts[i]);
+    }
+    if (tokens.shape(0) != total)
+        throw UsageError("step: " + std::to_string(tokens.shape(0)) + " tokens, but the counts add up to " +
+                                 std::to_string(total));
+    const size_t rows = Executor::logit_rows(pieces);
+    const size_t vocab = static_cast<size_t>(self.model().vocab);
+    std::unique_ptr<float[]> logits(new float[std::max<size_t>(rows * vocab, 1)]);
+    {
+        nb::gil_scoped_release release;
+        self.step(pieces, tokens.data(), logits.get());
+    }
+    float* data = logits.release();
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(data, {rows, vocab}, owner));
+}
+
+}  // namespace
+
+void init_executor(nb::module_& module) {
+    using Locations = std::vector<std::tuple<int, uint64_t, uint64_t, uint32_t>>;
+    nb::class_<Executor>(module, "Executor", "The decoder; see src/core/executor.h.")
+        .def(
+            "__init__",
+            [](Executor* self, const nb::dict& model, int threads, const std::string& isa,
+               int chunk) { new (self) Executor(model_from(model), threads, isa, chunk); },
+            nb::arg("model"), nb::kw_only(), nb::arg("threads"), nb::arg("isa") = "auto",
+            nb::arg("chunk") = 64)
+        .def("set_vector",
+             [](Executor& self, const std::string& name, const Array1<float>& values) {
+                 self.set_vector(name, values.data(), values.shape(0));
+             })
+        .def("set_plain",
+             [](Executor& self, const std::string& name, const Array2<float>& w) {
+                 self.set_plain(name, w.data(), false, static_cast<int>(w.shape(0)),
+                                static_cast<int>(w.shape(1)));
+             })
+        .def("set_plain",
+             [](Executor& self, const std::string& name, const Array2<uint16_t>& w) {
+                 self.set_plain(name, w.data(), true, static_cast<int>(w.shape(0)),
+                                static_cast<int>(w.shape(1)));
+             })
+        .def("set_tree",
+             [](Executor& self, const Array1<float>& levels, const Array1<float>& steps) {
+                 if (levels.shape(0) != 510 || steps.shape(0) != 16)
+                     throw FormatError("a tree has 510 levels and 16 scale steps");
+                 self.weights.levels.build(levels.data(), steps.data());
+             })
+        .def(
+            "add_coded",
+            [](Executor& self, const std::string& name, int rows, int columns,
+               const std::vector<int>& blocks, const Array1<uint16_t>& order,
+               const std::optional<Array1<uint32_t>>& row_order, const Array1<uint16_t>& row_scale,
+               const Array2<float>& group_scale) {
+                const size_t groups = (static_cast<size_t>(columns) + 63) / 64;
+                if (rows < 1 || columns < 1 || row_scale.shape(0) != static_cast<size_t>(rows) ||
+                    (row_order && row_order->shape(0) != static_cast<size_t>(rows)) ||
+                    group_scale.shape(0) != blocks.size() || group_scale.shape(1) != groups)
+                    throw FormatError("'" + name + "': scales or orders of a wrong shape");
+                std::vector<float> scale(static_cast<size_t>(rows));
+                for (size_t r = 0; r < scale.size(); ++r) scale[r] = from_half(row_scale.data()[r]);
+                self.add_coded(name, rows, columns, blocks,
+                               std::vector<uint16_t>(order.data(), order.data() + order.shape(0)),
+                               row_order ? row_order->data() : nullptr, scale.data(),
+                               group_scale.data());
+            },
+            nb::arg("name"), nb::arg("rows"), nb::arg("columns"), nb::arg("blocks"),
+            nb::arg("order"), nb::arg("row_order").none(), nb::arg("row_scale"),
+            nb::arg("group_scale"))
+        .def("set_ladder",
+             [](Executor& self, const Array1<uint32_t>& units, const std::vector<uint32_t>& plies,
+                const std::vector<uint64_t>& bytes) {
+                 self.weights.set_ladder({units.data(), units.data() + units.shape(0)}, plies,
+                                         bytes);
+             })
+        .def("finish", &Executor::finish)
+        .def_prop_ro("rungs", [](const Executor& self) { return self.weights.rungs(); })
+        .def_prop_ro("read_rungs_count",
+                     [](const Executor& self) { return self.weights.read_rungs(); })
+        .def_prop_ro("resident_rungs",
+                     [](const Executor& self) { return self.weights.published_rungs(); })
+        .def_prop_ro("arena_bytes", [](const Executor& self) { return self.weights.arena_bytes(); })
+        .def(
+            "read_rungs",
+            [](Executor& self, const Locations& locations) {
+                std::vector<RungSource> sources;
+                for (const auto& [fd, offset, bytes, crc] : locations)
+                    sources.push_back({fd, offset, bytes, crc});
+                nb::gil_scoped_release release;
+                self.weights.read(sources, self.threads());
+            },
+            nb::arg("locations"))
+        .def(
+            "publish", [](Executor& self, int rungs) { self.weights.publish(rungs); },
+            nb::arg("rungs"), nb::call_guard<nb::gil_scoped_release>())
+        .def("depths",
+             [](const Executor& self) {
+                 const std::vector<uint8_t> depths = self.weights.depths();
+                 uint8_t* data = new uint8_t[std::max<size_t>(depths.size(), 1)];
+                 std::copy(depths.begin(), depths.end(), data);
+                 nb::capsule owner(data,
+                                   [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+                 return nb::cast(
+                     nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(data, {depths.size()}, owner));
+             })
+        .def_prop_ro("kv_page_tokens", [](const Executor&) { return kPageTokens; })
+        .def_prop_ro("kv_page_bytes", [](const Executor& self) { return self.kv.page_bytes(); })
+        .def_prop_ro("kv_pages_total", [](const Executor& self) { return self.kv.pages_total(); })
+        .def_prop_ro(
+            "kv_pages_used",
+            [](const Executor& self) { return self.kv.pages_total() - self.kv.pages_free(); })
+        .def(
+            "reserve_kv", [](Executor& self, int pages) { self.kv.reserve(pages); },
+            nb::arg("pages"))
+        .def("open_sequence", [](Executor& self) { return self.kv.open(); })
+        .def(
+            "close_sequence", [](Executor& self, int seq) { self.kv.close(seq); }, nb::arg("seq"))
+        .def(
+            "length", [](const Executor& self, int seq) { return self.kv.length(seq); },
+            nb::arg("seq"))
+        .def(
+            "truncate",
+            [](Executor& self, int seq, int length) { self.kv.truncate(seq, length); },
+            nb::arg("seq"), nb::arg("length"))
+        .def("trim_kv", [](Executor& self) { return self.kv.trim(); })
+        .def("step", &step_logits, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"), nb::arg("want"))
+        .def_prop_ro("isa", &Executor::isa)
+        .def_prop_ro("threads", &Executor::threads)
+        .def("memory", [](const Executor& self) {
+            return std::map<std::string, uint64_t>{{"weights", self.weights.arena_bytes()},
+                                                   {"kv", self.kv.touched_bytes()},
+                                                   {"activations", self.activation_bytes()},
+                                                   {"base", self.base_bytes()}};
+        });
+}
+
+}  // namespace pliant

@@ -1,0 +1,59 @@
+#include "coded.h"
+
+#include <cmath>
+
+namespace pliant {
+
+namespace {
+
+// The number of the level (its plies, most significant first) that a byte of collected bits stands for.
+int level_number(int depth, int byte) {
+    const int nibble = byte & 15, upper = byte >> 4;
+    switch (depth) {
+        case 5: return nibble << 1 | (upper & 1);
+        case 6: return nibble << 2 | (upper & 3);
+        case 7: return nibble << 3 | upper >> 1;
+        case 8: return nibble << 4 | upper;
+        default: return nibble >> (4 - depth);
+    }
+}
+
+}  // namespace
+
+void LevelTables::build(const float* levels, const float* scale_steps) {
+    for (int i = 0; i < 16; ++i) steps[i] = scale_steps[i];
+    for (int depth = 1; depth <= kMaxDepth; ++depth) {
+        const int count = 1 << depth;
+        const float* level = levels + count - 2;
+        float peak = 0.0f;
+        for (int i = 0; i < count; ++i) peak = std::fmax(peak, std::fabs(level[i]));
+        scale[depth] = peak / 127.0f;
+        for (int byte = 0; byte < 256; ++byte) {
+            const float share = peak > 0.0f ? level[level_number(depth, byte)] / peak : 0.0f;
+            if (depth < kWideDepth) {
+                hi[depth][byte] = static_cast<int8_t>(std::lrintf(share * 127.0f));
+            } else {
+                const int value = static_cast<int>(std::lrintf(share * 32512.0f));
+                const int high = (value + 128) >> 8;
+                int low = value - high * 256;
+                if (low == -128) low = -127;  // keeps |lo| a positive int8 for the kernels that negate it
+                hi[depth][byte] = static_cast<int8_t>(high);
+                lo[depth][byte] = static_cast<int8_t>(low);
+            }
+        }
+    }
+}
+
+void CodedBlock::update_runs() {
+    runs.clear();
+    for (int g = 0; g < groups; ++g) {
+        const int d = depth[static_cast<size_t>(g)];
+        if (d == 0) continue;
+        if (!runs.empty() && runs.back().depth == d && runs.back().first + runs.back().count == g)
+            ++runs.back().count;
+        else
+            runs.push_back({g, 1, d});
+    }
+}
+
+}  // namespace pliant

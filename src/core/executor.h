@@ -1,0 +1,86 @@
+// The decoder: computes steps for any mix of prompt pieces and single tokens of several sequences.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "kv.h"
+#include "model.h"
+#include "threads.h"
+#include "weights.h"
+
+namespace pliant {
+
+// A matrix in one of its two forms.
+struct Linear {
+    int rows = 0, columns = 0;
+    int coded = -1;                // index in Weights, or
+    std::vector<float> f32;        // [rows][columns], or
+    std::vector<uint16_t> bf16;    // [rows][columns]
+    std::vector<float> bias;       // [rows] or empty
+    bool present() const { return coded >= 0 || !f32.empty() || !bf16.empty(); }
+};
+
+struct Layer {
+    Linear q, k, v, o, gate, up, down;
+    std::vector<float> attn_norm, ffn_norm, attn_post_norm, ffn_post_norm, q_norm, k_norm;
+};
+
+// What one sequence adds in a step.
+struct Piece {
+    int sequence;
+    int count;  // tokens
+    int want;   // logits: 0 none, 1 of the last token, 2 of all
+};
+
+class Executor {
+  public:
+    // `chunk`: most tokens that are computed at once; it bounds the activations. Throws ModelError, UsageError.
+    Executor(ModelSpec model, int threads, const std::string& isa, int chunk);
+    ~Executor();
+
+    // Building. Names as in docs/format.md, section 3; wrong names or sizes are FormatErrors.
+    void set_vector(const std::string& name, const float* values, size_t count);
+    void set_plain(const std::string& name, const void* weight, bool bf16, int rows, int columns);
+    void add_coded(const std::string& name, int rows, int columns, const std::vector<int>& blocks,
+                   std::vector<uint16_t> order, const uint32_t* row_order, const float* row_scale,
+                   const float* group_scale);
+    void finish();  // checks that nothing is missing
+
+    Weights weights;
+    KvCache kv;
+
+    const ModelSpec& model() const { return model_; }
+    const char* isa() const { return kernels_->name; }
+    int threads() const { return pool_.size(); }
+
+    // Appends the tokens of the pieces, one after the other in `tokens`, and writes the wanted logits, [rows][vocab].
+    // A sequence gets the same bits whatever else is in the step, however it is cut into steps, with any threads.
+    // Throws EngineError or UsageError before anything has changed.
+    void step(const std::vector<Piece>& pieces, const int32_t* tokens, float* logits);
+    // Rows of logits that a step with these pieces gives.
+    static size_t logit_rows(const std::vector<Piece>& pieces);
+
+    uint64_t activation_bytes() const;
+    uint64_t base_bytes() const;  // vectors and plain matrices
+
+  private:
+    struct Buffers;
+    struct Batch;
+    Linear* find_linear(const std::string& name);
+    std::vector<float>* find_vector(const std::string& name, size_t* count);
+    void compute(const Batch& batch, float* logits);
+
+    ModelSpec model_;
+    const Kernels* kernels_;
+    ThreadPool pool_;
+    int chunk_;
+    Linear embed_, head_;
+    std::vector<Layer> layers_;
+    std::vector<float> final_norm_;
+    std::unique_ptr<Buffers> buffers_;
+};
+
+}  // namespace pliant

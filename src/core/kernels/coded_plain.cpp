@@ -1,0 +1,118 @@
+// Products with coded matrices in plain C++: the definition that the other kernels are held to, bit for bit.
+#include <cmath>
+
+#include "ops.h"
+
+namespace pliant::plain {
+
+namespace {
+
+// The collected bits (see LevelTables) of the weight in `row` of a supertile, stored column c.
+int collect(const uint8_t* const* planes, int depth, size_t supertile, int row, int c) {
+    const size_t byte = supertile * 256 + static_cast<size_t>(row / 16) * 128 +
+                        static_cast<size_t>(c / 32) * 64 + static_cast<size_t>(row % 16) * 4 +
+                        static_cast<size_t>(c % 4);
+    const int shift = (c % 32) / 4;
+    const auto bit = [&](int ply) { return planes[ply][byte] >> shift & 1; };
+    int bits = 0;
+    for (int ply = 0; ply < 4; ++ply) bits = bits << 1 | (ply < depth ? bit(ply) : 0);
+    if (depth <= 4) return bits;
+    int upper = 0;
+    const int width = depth <= 6 ? depth - 4 : 4;
+    for (int ply = 4; ply < 4 + width; ++ply) upper = upper << 1 | (ply < depth ? bit(ply) : 0);
+    return bits | upper << 4;
+}
+
+int scale_code(const uint8_t* codes, size_t supertile, int row) {
+    const uint8_t byte = codes[supertile * 16 + static_cast<size_t>(row % 16)];
+    return row < 16 ? byte & 15 : byte >> 4;
+}
+
+}  // namespace
+
+void coded_product(const CodedProduct& p) {
+    const CodedBlock& block = *p.block;
+    for (int s = p.first; s < p.last; ++s) {
+        const size_t tile = static_cast<size_t>(s);
+        const size_t at_row = static_cast<size_t>(s - p.first) * kSupertile;
+        for (int t = 0; t < p.tokens; ++t)
+            for (int r = 0; r < kSupertile; ++r)
+                p.out[static_cast<size_t>(t) * p.stride + at_row + static_cast<size_t>(r)] = 0.0f;
+        for (const Run& run : block.runs)
+            for (int g = run.first; g < run.first + run.count; ++g) {
+                const size_t group = static_cast<size_t>(g);
+                const uint8_t* const* planes = block.planes.data() + group * kMaxDepth;
+                const bool wide = run.depth >= kWideDepth;
+                int8_t hi[kSupertile][kGroup], lo[kSupertile][kGroup];
+                for (int r = 0; r < kSupertile; ++r)
+                    for (int c = 0; c < kGroup; ++c) {
+                        const int bits = collect(planes, run.depth, tile, r, c);
+                        hi[r][c] = p.levels->hi[run.depth][bits];
+                        lo[r][c] = p.levels->lo[run.depth][bits];
+                    }
+                for (int t = 0; t < p.tokens; ++t) {
+                    const size_t at =
+                        static_cast<size_t>(t) * static_cast<size_t>(block.groups) + group;
+                    const int8_t* xh = p.x->hi + at * kGroup;
+                    const int8_t* xl = p.x->lo + at * kGroup;
+                    const float factor =
+                        (p.x->scale[at] * block.group_scale[g]) * p.levels->scale[run.depth];
+                    float* out = p.out + static_cast<size_t>(t) * p.stride + at_row;
+                    for (int r = 0; r < kSupertile; ++r) {
+                        int32_t top = 0, middle = 0;
+                        for (int c = 0; c < kGroup; ++c) top += hi[r][c] * xh[c];
+                        float value = static_cast<float>(top);
+                        if (wide) {
+                            for (int c = 0; c < kGroup; ++c)
+                                middle += hi[r][c] * xl[c] + lo[r][c] * xh[c];
+                            value = std::fmaf(static_cast<float>(middle), 1.0f / 256.0f, value);
+                        }
+                        const float step =
+                            p.levels->steps[scale_code(block.codes[group], tile, r)];
+                        out[r] = std::fmaf(value * step, factor, out[r]);
+                    }
+                }
+            }
+        for (int t = 0; t < p.tokens; ++t)
+            for (int r = 0; r < kSupertile; ++r) {
+                p.out[static_cast<size_t>(t) * p.stride + at_row + static_cast<size_t>(r)] *=
+                    block.row_scale[tile * kSupertile + static_cast<size_t>(r)];
+            }
+    }
+}
+
+void coded_row(const CodedBlock& block, const LevelTables& levels, int row, const uint16_t* order,
+               int columns, float* out) {
+    const size_t tile = static_cast<size_t>(row / kSupertile);
+    const int r = row % kSupertile;
+    for (int g = 0; g < block.groups; ++g) {
+        const size_t group = static_cast<size_t>(g);
+        const int depth = block.depth[group];
+        const int first = g * kGroup;
+        const int count = columns - first < kGroup ? columns - first : kGroup;
+        float v[kGroup] = {};
+        if (depth > 0) {
+            const uint8_t* const* planes = block.planes.data() + group * kMaxDepth;
+            // As in the product: scales of the group and the level, then of the row.
+            const float factor = block.group_scale[g] * levels.scale[depth] *
+                                 levels.steps[scale_code(block.codes[group], tile, r)] *
+                                 block.row_scale[row] * 0.125f;
+            for (int c = 0; c < kGroup; ++c) {
+                const int bits = collect(planes, depth, tile, r, c);
+                v[c] = (static_cast<float>(levels.hi[depth][bits]) +
+                        static_cast<float>(levels.lo[depth][bits]) / 256.0f) *
+                       factor;
+            }
+            for (int stride = 1; stride < kGroup; stride *= 2)
+                for (int i = 0; i < kGroup; ++i)
+                    if ((i & stride) == 0) {
+                        const float a = v[i], b = v[i + stride];
+                        v[i] = a + b;
+                        v[i + stride] = a - b;
+                    }
+        }
+        for (int c = 0; c < count; ++c) out[order[first + c]] = v[c];
+    }
+}
+
+}  // namespace pliant::plain

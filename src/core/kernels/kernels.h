@@ -1,0 +1,94 @@
+// The interface of the compute kernels. Each instruction set fills the table; all give the same bits.
+//
+// Law of exactness: integer products are exact, and every floating-point operation is one IEEE operation in an order
+// that does not depend on the instruction set, the number of tokens, or the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../coded.h"
+
+namespace pliant {
+
+constexpr int kPageTokens = 32;  // tokens of a page of the KV cache
+
+// out[t][r] = row_scale[r] · Σ_g Σ_c w[r][c] · x[t][c] for the supertiles [first, last) of a block.
+struct CodedProduct {
+    const CodedBlock* block;
+    const LevelTables* levels;
+    const Prepared* x;
+    int tokens;
+    int first, last;    // supertiles
+    float* out;         // [tokens][stride]; index 0 is the first row of supertile `first`
+    size_t stride;
+    uint8_t* scratch;   // kScratchBytes, one for each thread, aligned to 64
+};
+
+constexpr int kMaxTokens = 128;  // most tokens of one product
+constexpr size_t kScratchBytes = 2 * kSupertile * kGroup + kMaxTokens * kSupertile * sizeof(float);
+
+// out[t][r] = Σ_k w[r][k] · x[t][k] for rows [first, last), w in float32 or bfloat16.
+struct PlainProduct {
+    const void* weight;  // [rows][columns]
+    bool bf16;
+    int columns;
+    const float* x;      // [tokens][x_stride]
+    size_t x_stride;
+    int tokens;
+    int first, last;
+    float* out;          // [tokens][stride]; index 0 is row `first`
+    size_t stride;
+};
+
+// Attention of the queries of some tokens and heads that share one KV head, over the positions of one sequence.
+// K of a page is [head_dim][kPageTokens], V is [kPageTokens][head_dim], both IEEE half precision.
+struct Attention {
+    int head_dim;
+    int queries;                   // at most kMaxQueries
+    const float* const* q;         // [queries] -> [head_dim], already scaled
+    const int* position;           // [queries]: a query sees positions <= its own …
+    int window;                    // … and > position - window if window > 0
+    const uint16_t* const* k;      // [pages] -> K of this layer and KV head
+    const uint16_t* const* v;      // [pages]
+    float softcap;                 // 0: none
+    float* const* out;             // [queries] -> [head_dim]
+};
+
+constexpr int kMaxQueries = 8;
+constexpr int kMaxHeadDim = 1024;
+
+enum class Activation { kSilu, kGeluTanh, kGelu };
+
+struct Kernels {
+    const char* name;
+
+    // Rotates and codes one token: x[columns] gathered by order, zero-filled to groups of 64.
+    void (*prepare)(const float* x, const uint16_t* order, int columns, bool wide, Prepared* out,
+                    int token);
+    void (*coded_product)(const CodedProduct&);
+    void (*plain_product)(const PlainProduct&);
+    // One row of a coded block, in source column order: out[columns].
+    void (*coded_row)(const CodedBlock& block, const LevelTables& levels, int row,
+                      const uint16_t* order, int columns, float* out);
+
+    void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
+    // Rotates pairs (i, i + n / 2) of one head in place.
+    void (*rope)(float* x, const float* cosine, const float* sine, int n);
+    void (*gate)(const float* gate, const float* up, int n, Activation activation, float* out);
+    void (*softcap)(float* x, int n, float cap);
+    void (*to_half)(const float* x, int n, uint16_t* out);  // clamped to finite values
+    void (*attend)(const Attention&);
+};
+
+const Kernels& plain_kernels();
+const Kernels* avx2_kernels();    // null if not compiled for this machine or not supported by it
+const Kernels* avx512_kernels();
+
+// The usable instruction sets, best first.
+std::vector<std::string> usable_isas();
+// The kernels of `name`, or the best ones for "auto". Throws UsageError.
+const Kernels& select_kernels(const std::string& name);
+
+}  // namespace pliant

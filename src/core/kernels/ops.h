@@ -1,0 +1,25 @@
+// What each instruction set provides; kernels.cpp puts the tables together.
+#pragma once
+
+#include "kernels.h"
+
+namespace pliant {
+
+namespace plain {
+void fill_ops(Kernels& kernels);
+void coded_product(const CodedProduct& product);
+void coded_row(const CodedBlock& block, const LevelTables& levels, int row, const uint16_t* order,
+               int columns, float* out);
+}  // namespace plain
+
+namespace avx2 {
+void fill_ops(Kernels& kernels);
+void coded_product(const CodedProduct& product);
+}  // namespace avx2
+
+namespace avx512 {
+void fill_ops(Kernels& kernels);
+void coded_product(const CodedProduct& product);
+}  // namespace avx512
+
+}  // namespace pliant

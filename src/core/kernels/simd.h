@@ -1,0 +1,285 @@
+// Sixteen floats at a time, for the instruction set that this file is compiled for. Every function is the same IEEE
+// operation in each of them, so kernels built on it give the same bits everywhere.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(PLIANT_AVX512)
+#include <immintrin.h>
+#define PLIANT_ISA avx512
+#elif defined(PLIANT_AVX2)
+#include <immintrin.h>
+#define PLIANT_ISA avx2
+#else
+#define PLIANT_ISA plain
+#endif
+
+namespace pliant::PLIANT_ISA {
+
+inline constexpr int kLanes = 16;
+
+#if defined(PLIANT_AVX512)
+
+struct V {
+    __m512 v;
+};
+inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline V load_part(const float* p, int n) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+}
+inline void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
+inline void store_part(float* p, V a, int n) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
+}
+inline V set1(float x) { return {_mm512_set1_ps(x)}; }
+inline V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline V div(V a, V b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline V max(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline V min(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline V round(V a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+inline V scale2(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a · 2^n, n a whole number
+inline V zero_below(V a, V x, float limit) {                        // x < limit ? 0 : a
+    const __mmask16 keep = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ);
+    return {_mm512_maskz_mov_ps(keep, a.v)};
+}
+inline V abs(V a) { return {_mm512_abs_ps(a.v)}; }
+inline V load_half(const uint16_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store_half(uint16_t* p, V a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, 0));
+}
+inline V load_bf16(const uint16_t* p) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+inline void store_int(int32_t* p, V a) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(a.v)); }
+template <int S>
+inline V butterfly(V a) {  // lanes i, i ^ S: sum in the lower, difference in the upper
+    __m512 swapped;
+    if constexpr (S == 1) swapped = _mm512_permute_ps(a.v, 0xB1);
+    if constexpr (S == 2) swapped = _mm512_permute_ps(a.v, 0x4E);
+    if constexpr (S == 4) swapped = _mm512_shuffle_f32x4(a.v, a.v, 0xB1);
+    if constexpr (S == 8) swapped = _mm512_shuffle_f32x4(a.v, a.v, 0x4E);
+    constexpr __mmask16 upper = S == 1 ? 0xAAAA : S == 2 ? 0xCCCC : S == 4 ? 0xF0F0 : 0xFF00;
+    return {_mm512_mask_sub_ps(_mm512_add_ps(swapped, a.v), upper, swapped, a.v)};
+}
+
+#elif defined(PLIANT_AVX2)
+
+struct V {
+    __m256 a, b;
+};
+inline V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline V load_part(const float* p, int n) {
+    alignas(32) float t[16] = {};
+    std::memcpy(t, p, sizeof(float) * static_cast<size_t>(n));
+    return load(t);
+}
+inline void store(float* p, V x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+inline void store_part(float* p, V x, int n) {
+    alignas(32) float t[16];
+    store(t, x);
+    std::memcpy(p, t, sizeof(float) * static_cast<size_t>(n));
+}
+inline V set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline V add(V x, V y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline V sub(V x, V y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline V mul(V x, V y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline V div(V x, V y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline V fma(V x, V y, V z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline V max(V x, V y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline V min(V x, V y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline V round(V x) { return {_mm256_round_ps(x.a, 0), _mm256_round_ps(x.b, 0)}; }
+inline V scale2(V x, V n) {
+    const __m256i bias = _mm256_set1_epi32(127);
+    const auto power = [&](__m256 e) {
+        return _mm256_castsi256_ps(
+            _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(e), bias), 23));
+    };
+    return {_mm256_mul_ps(x.a, power(n.a)), _mm256_mul_ps(x.b, power(n.b))};
+}
+inline V zero_below(V a, V x, float limit) {
+    const __m256 l = _mm256_set1_ps(limit);
+    return {_mm256_and_ps(a.a, _mm256_cmp_ps(x.a, l, _CMP_NLT_UQ)),
+            _mm256_and_ps(a.b, _mm256_cmp_ps(x.b, l, _CMP_NLT_UQ))};
+}
+inline V abs(V x) {
+    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
+}
+inline V load_half(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+inline void store_half(uint16_t* p, V x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, 0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.b, 0));
+}
+inline V load_bf16(const uint16_t* p) {
+    const auto widen = [](const uint16_t* q) {
+        const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+    };
+    return {widen(p), widen(p + 8)};
+}
+inline void store_int(int32_t* p, V x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(x.a));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), _mm256_cvtps_epi32(x.b));
+}
+template <int S>
+inline V butterfly(V x) {
+    if constexpr (S == 8) {
+        return {_mm256_add_ps(x.b, x.a), _mm256_sub_ps(x.a, x.b)};
+    } else {
+        const auto one = [](__m256 v) {
+            __m256 swapped;
+            if constexpr (S == 1) swapped = _mm256_permute_ps(v, 0xB1);
+            if constexpr (S == 2) swapped = _mm256_permute_ps(v, 0x4E);
+            if constexpr (S == 4) swapped = _mm256_permute2f128_ps(v, v, 1);
+            constexpr int upper = S == 1 ? 0xAA : S == 2 ? 0xCC : 0xF0;
+            return _mm256_blend_ps(_mm256_add_ps(swapped, v), _mm256_sub_ps(swapped, v), upper);
+        };
+        return {one(x.a), one(x.b)};
+    }
+}
+
+#else
+
+struct V {
+    float f[16];
+};
+#define PLIANT_EACH(expression)                           \
+    V r;                                                  \
+    for (int i = 0; i < kLanes; ++i) r.f[i] = expression; \
+    return r
+inline V load(const float* p) { PLIANT_EACH(p[i]); }
+inline V load_part(const float* p, int n) { PLIANT_EACH(i < n ? p[i] : 0.0f); }
+inline void store(float* p, const V& a) { std::memcpy(p, a.f, sizeof a.f); }
+inline void store_part(float* p, const V& a, int n) {
+    std::memcpy(p, a.f, sizeof(float) * static_cast<size_t>(n));
+}
+inline V set1(float x) { PLIANT_EACH(x); }
+inline V add(const V& a, const V& b) { PLIANT_EACH(a.f[i] + b.f[i]); }
+inline V sub(const V& a, const V& b) { PLIANT_EACH(a.f[i] - b.f[i]); }
+inline V mul(const V& a, const V& b) { PLIANT_EACH(a.f[i] * b.f[i]); }
+inline V div(const V& a, const V& b) { PLIANT_EACH(a.f[i] / b.f[i]); }
+inline V fma(const V& a, const V& b, const V& c) { PLIANT_EACH(std::fmaf(a.f[i], b.f[i], c.f[i])); }
+// The order of operands is that of the vector instructions: the second one where they do not compare.
+inline V max(const V& a, const V& b) { PLIANT_EACH(a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
+inline V min(const V& a, const V& b) { PLIANT_EACH(a.f[i] < b.f[i] ? a.f[i] : b.f[i]); }
+inline V round(const V& a) { PLIANT_EACH(std::nearbyintf(a.f[i])); }
+inline V scale2(const V& a, const V& n) {
+    PLIANT_EACH(std::ldexp(a.f[i], static_cast<int>(n.f[i])));
+}
+inline V zero_below(const V& a, const V& x, float limit) {
+    PLIANT_EACH(x.f[i] < limit ? 0.0f : a.f[i]);
+}
+inline V abs(const V& a) { PLIANT_EACH(std::fabs(a.f[i])); }
+
+inline float half_to_float(uint16_t h) {
+    const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    uint32_t bits;
+    if (exponent == 0) {
+        const float value = static_cast<float>(mantissa) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    bits = exponent == 31 ? (sign | 0x7f800000u | (mantissa << 13))
+                          : (sign | ((exponent + 112) << 23) | (mantissa << 13));
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline uint16_t float_to_half(float value) {  // round to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return sign | 0x7e00;
+    if (bits >= 0x477ff000u) return sign | 0x7c00;
+    if (bits < 0x38800000u) {
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        return static_cast<uint16_t>(sign |
+                                     static_cast<uint16_t>(std::nearbyintf(magnitude * 0x1p24f)));
+    }
+    bits += 0xfffu + ((bits >> 13) & 1u);
+    return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
+}
+inline V load_half(const uint16_t* p) { PLIANT_EACH(half_to_float(p[i])); }
+inline void store_half(uint16_t* p, const V& a) {
+    for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(a.f[i]);
+}
+inline V load_bf16(const uint16_t* p) {
+    V r;
+    for (int i = 0; i < kLanes; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+        std::memcpy(&r.f[i], &bits, 4);
+    }
+    return r;
+}
+inline void store_int(int32_t* p, const V& a) {
+    for (int i = 0; i < kLanes; ++i) {
+        const float f = std::nearbyintf(a.f[i]);  // as cvtps2dq: what does not fit is INT32_MIN
+        p[i] = f >= -2147483648.0f && f < 2147483648.0f ? static_cast<int32_t>(f) : INT32_MIN;
+    }
+}
+template <int S>
+inline V butterfly(const V& a) {
+    PLIANT_EACH((i & S) ? a.f[i ^ S] - a.f[i] : a.f[i ^ S] + a.f[i]);
+}
+#undef PLIANT_EACH
+
+#endif
+
+inline V zero() { return set1(0.0f); }
+
+// The sum of the lanes, always in the same order: halves are added, four times.
+inline float sum(V a) {
+    float f[kLanes];
+    store(f, a);
+    for (int width = 8; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) f[i] += f[i + width];
+    return f[0];
+}
+inline float largest(V a) {
+    float f[kLanes];
+    store(f, a);
+    float m = f[0];
+    for (int i = 1; i < kLanes; ++i) m = f[i] > m ? f[i] : m;
+    return m;
+}
+
+// e^x to about 2 ulp: 2^n · e^r with |r| <= ln 2 / 2, and a polynomial of degree 6 (coefficients: Taylor's, the last
+// two shifted to halve the error at the ends). Zero below -87.3, e^88.3 above 88.3.
+inline V exp(V x) {
+    const V clamped = min(max(x, set1(-87.3f)), set1(88.3f));
+    const V n = round(mul(clamped, set1(1.44269504f)));
+    V r = fma(n, set1(-0.693359375f), clamped);
+    r = fma(n, set1(2.12194440e-4f), r);
+    V p = set1(1.3888889e-3f);
+    p = fma(p, r, set1(8.3333333e-3f));
+    p = fma(p, r, set1(4.1666667e-2f));
+    p = fma(p, r, set1(1.6666667e-1f));
+    p = fma(p, r, set1(0.5f));
+    p = fma(p, r, set1(1.0f));
+    p = fma(p, r, set1(1.0f));
+    return zero_below(scale2(p, n), x, -87.3f);
+}
+
+inline V tanh(V x) {  // 1 - 2 / (e^2x + 1)
+    const V e = exp(add(x, x));
+    return sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
+}
+
+}  // namespace pliant::PLIANT_ISA

@@ -1,0 +1,60 @@
+// The KV cache: pages of kPageTokens tokens, each for all layers, and the sequences that own them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "arena.h"
+#include "model.h"
+
+namespace pliant {
+
+class KvCache {
+  public:
+    explicit KvCache(const ModelSpec& model);
+
+    // Sets the size of the pool. Sequences must all be closed.
+    void reserve(int pages);
+
+    int open();
+    void close(int sequence);
+    int length(int sequence) const { return get(sequence).length; }
+    // Forgets the tokens from `length` on.
+    void truncate(int sequence, int length);
+    // Pages that must be taken before `tokens` tokens can be appended.
+    int pages_needed(int sequence, int tokens) const;
+    // Makes room for `tokens` more tokens; the caller has checked pages_needed against pages_free.
+    void extend(int sequence, int tokens);
+
+    // The halves of a page of one layer and KV head: K is [head_dim][kPageTokens], V [kPageTokens][value_stride].
+    uint16_t* keys(int sequence, int page, int layer, int head) const;
+    uint16_t* values(int sequence, int page, int layer, int head) const;
+    int value_stride() const { return value_stride_; }
+
+    int pages_total() const { return pages_; }
+    int pages_free() const { return static_cast<int>(free_.size()); }
+    uint64_t page_bytes() const { return page_bytes_; }
+    uint64_t touched_bytes() const;
+    // Gives the memory of pages that nobody uses back to the kernel; returns the bytes.
+    uint64_t trim();
+
+  private:
+    struct Sequence {
+        bool open = false;
+        int length = 0;
+        std::vector<int> pages;
+    };
+    const Sequence& get(int sequence) const;
+    void release(int page);
+
+    int layers_, kv_heads_, head_dim_, value_stride_;
+    size_t key_halves_, head_halves_;  // of one layer and head: K, K and V
+    uint64_t page_bytes_;
+    int pages_ = 0;
+    Arena arena_;
+    std::vector<int> free_;
+    std::vector<bool> touched_;
+    std::vector<Sequence> sequences_;
+};
+
+}  // namespace pliant

@@ -1,0 +1,73 @@
+// The coded matrices of a model and the arena with their resident plies.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "coded.h"
+
+namespace pliant {
+
+// Where the bytes of a rung are: an open file, and what they must add up to.
+struct RungSource {
+    int fd;
+    uint64_t offset;
+    uint64_t bytes;
+    uint32_t crc;
+};
+
+// Every rung has a fixed place in one arena, in ladder order, so the resident rungs are always its beginning: growing
+// appends, shrinking cuts off, and nothing is ever moved or fragmented.
+class Weights {
+  public:
+    // Building, in this order: levels, matrices in manifest order, the ladder.
+    LevelTables levels;
+    int add_input(std::vector<uint16_t> order);
+    int add_matrix(int rows, int columns, int input, const std::vector<int>& block_rows,
+                   const float* row_scale, const float* group_scale, const uint32_t* row_order);
+    void set_ladder(std::vector<uint32_t> units, const std::vector<uint32_t>& rung_plies,
+                    const std::vector<uint64_t>& rung_bytes);
+
+    const CodedMatrix& matrix(int index) const { return matrices_[static_cast<size_t>(index)]; }
+    const std::vector<uint16_t>& order(int input) const {
+        return orders_[static_cast<size_t>(input)];
+    }
+    // Does any matrix with this input have a group of at least kWideDepth now?
+    bool wide(int input) const { return wide_[static_cast<size_t>(input)]; }
+
+    int rungs() const { return static_cast<int>(rung_begin_.size()) - 1; }
+    int read_rungs() const { return read_; }            // in memory
+    int published_rungs() const { return published_; }  // in use
+    uint64_t rung_bytes(int first, int last) const {
+        return rung_begin_[static_cast<size_t>(last)] - rung_begin_[static_cast<size_t>(first)];
+    }
+    std::vector<uint8_t> depths() const;  // of each unit
+    uint64_t arena_bytes() const;         // touched by the rungs that were read
+    uint64_t table_bytes() const;         // pointers, orders, scales
+
+    // Appends rungs: reads them with up to `threads` threads and checks them. All or nothing; may run beside steps.
+    // Throws ChecksumError, UsageError, or std::system_error for a failed read.
+    void read(const std::vector<RungSource>& sources, int threads);
+    // Makes the kernels use exactly the first `rungs` rungs, and gives the memory of the rest back. Not beside steps.
+    void publish(int rungs);
+
+  private:
+    struct Unit {
+        int matrix, block, group;
+    };
+    std::vector<CodedMatrix> matrices_;
+    std::vector<std::vector<uint16_t>> orders_;
+    std::vector<bool> wide_;
+    std::vector<Unit> units_;
+    std::vector<uint32_t> ladder_;
+    std::vector<size_t> rung_end_ply_;   // plies up to and with each rung
+    std::vector<uint64_t> rung_begin_;   // offsets in the arena, one more than rungs
+    Arena arena_;
+    int read_ = 0, published_ = 0;
+};
+
+}  // namespace pliant

@@ -1,0 +1,284 @@
+"""The executor against a float64 model, and the laws of exactness that it promises."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import oracle_logits
+from packs import slow_matrix, write_random_pack
+
+from pliant import _core
+from pliant.errors import ChecksumError, EngineError, FormatError, UsageError
+from pliant.store import Pack
+
+Logits = npt.NDArray[np.float32]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 16},
+    "wide": {"hidden": 200, "ffn": 230, "head_dim": 24, "heads": 3, "kv_heads": 1, "vocab": 90},
+    "qwen": {"biases": True, "tied": False},
+    "qwen3": {"qk_norms": True, "head_dim": 32},
+    "gemma": {
+        "qk_norms": True, "post_norms": True, "activation": "gelu_tanh", "embed_scale": 8.0,
+        "layer_window": [5, 0], "logit_softcap": 30.0, "attn_softcap": 20.0,
+    },
+    "mixed": {"coding": {"layers.0.q": "f32", "layers.1.down": "bf16", "layers.1.up": "f32"}},
+    "bf16": {"coding": "bf16"},
+}  # fmt: skip
+
+
+def build(
+    pack: Pack, *, isa: str = "auto", threads: int = 2, chunk: int = 64, rungs: int | None = None
+) -> _core.Executor:
+    """An executor with the first rungs of a pack, straight from the core's own surface."""
+    model = asdict(pack.manifest.model)
+    executor = _core.Executor(model, threads=threads, isa=isa, chunk=chunk)
+    coded = {m.name for m in pack.manifest.matrices if m.coding == "plies"}
+    for name, values in pack.base.items():
+        if name.endswith(("norm", ".bias")):
+            executor.set_vector(name, values)
+        elif name.endswith(".weight"):
+            executor.set_plain(name.removesuffix(".weight"), values)
+    if coded:
+        executor.set_tree(pack.base["tree"], pack.base["scale_steps"])
+    for m in pack.manifest.matrices:
+        if m.coding == "plies":
+            executor.add_coded(
+                m.name,
+                m.rows,
+                m.columns,
+                list(m.blocks),
+                pack.base["order." + m.input],
+                pack.base.get(m.name + ".row_order"),
+                pack.base[m.name + ".row_scale"].view(np.uint16),
+                pack.base[m.name + ".group_scale"],
+            )
+    if coded:
+        table = pack.manifest.rungs
+        executor.set_ladder(
+            np.ascontiguousarray(pack.ladder), list(table.plies), list(table.bytes)
+        )
+    executor.finish()
+    if coded:
+        read(executor, pack, len(pack.manifest.rungs) if rungs is None else rungs)
+    executor.reserve_kv(64)
+    return executor
+
+
+def read(executor: _core.Executor, pack: Pack, rungs: int) -> None:
+    files: dict[Path, int] = {}
+    try:
+        locations = []
+        for rung in range(executor.read_rungs_count, rungs):
+            where = pack.rung_location(rung)
+            if where.path not in files:
+                files[where.path] = os.open(where.path, os.O_RDONLY)
+            locations.append((files[where.path], where.offset, where.bytes, where.crc32))
+        executor.read_rungs(locations)
+    finally:
+        for fd in files.values():
+            os.close(fd)
+    executor.publish(rungs)
+
+
+def run(executor: _core.Executor, ids: list[int], cuts: list[int] | None = None) -> Logits:
+    """Logits of all tokens, the sequence given in pieces of these lengths."""
+    sequence = executor.open_sequence()
+    rows, at = [], 0
+    for length in cuts or [len(ids)]:
+        piece = np.array(ids[at : at + length], np.int32)
+        rows.append(executor.step([sequence], [length], piece, [2]))
+        at += length
+    executor.close_sequence(sequence)
+    return np.concatenate(rows)
+
+
+def some_ids(vocab: int, count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, vocab, count).tolist()
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    where = tmp_path_factory.mktemp("packs") / request.param
+    return Pack.open(write_random_pack(where, least=1, **VARIANTS[request.param]))
+
+
+def relative(a: Logits, b: npt.NDArray[Any]) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def test_logits_are_those_of_the_oracle(pack: Pack) -> None:
+    rungs = len(pack.manifest.rungs)
+    ids = some_ids(pack.manifest.model.vocab, 40)
+    model = asdict(pack.manifest.model)
+    for depth in {rungs // 2, rungs}:
+        want = oracle_logits(model, pack.base, lambda n: slow_matrix(pack.path, n, depth), ids)
+        got = run(build(pack, rungs=depth), ids)
+        # int8 activations cost about 1 % each; plain matrices and float activations far less
+        coded = any(m.coding == "plies" for m in pack.manifest.matrices)
+        assert relative(got, want) < (0.06 if coded else 2e-3)
+
+
+def test_every_instruction_set_gives_the_same_bits(pack: Pack) -> None:
+    ids = some_ids(pack.manifest.model.vocab, 37)
+    want = run(build(pack, isa="plain", threads=1), ids, [1, 36])
+    for isa in _core.cpu_isa():
+        assert np.array_equal(run(build(pack, isa=isa), ids, [1, 36]), want), isa
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_logits_do_not_depend_on_company_cuts_or_threads(pack: Pack, data: st.DataObject) -> None:
+    vocab = pack.manifest.model.vocab
+    threads, chunk = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 3, 13, 64]))
+    executor = build(pack, threads=threads, chunk=chunk)
+    alone = build(pack, threads=1, chunk=128)
+    lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=5))
+    texts = [some_ids(vocab, n, seed) for seed, n in enumerate(lengths)]
+    want = [run(alone, text) for text in texts]
+    sequences = [executor.open_sequence() for _ in texts]
+    got: list[list[Logits]] = [[] for _ in texts]
+    done = [0] * len(texts)
+    while any(d < n for d, n in zip(done, lengths, strict=True)):
+        seqs, counts, ids, who = [], [], [], []
+        for i, text in enumerate(texts):
+            left = lengths[i] - done[i]
+            take = min(left, data.draw(st.sampled_from([0, 1, 2, 7, 33])))
+            if take:
+                seqs.append(sequences[i])
+                counts.append(take)
+                ids += text[done[i] : done[i] + take]
+                who.append(i)
+        if not seqs:
+            continue
+        rows = executor.step(seqs, counts, np.array(ids, np.int32), [2] * len(seqs))
+        for i, rows_of in zip(who, np.split(rows, np.cumsum(counts)[:-1]), strict=True):
+            got[i].append(rows_of)
+            done[i] += len(rows_of)
+    for i, text in enumerate(texts):
+        assert np.array_equal(np.concatenate(got[i]), want[i]), (i, len(text))
+        executor.close_sequence(sequences[i])
+    assert executor.kv_pages_used == 0
+
+
+def test_any_walk_of_sizes_ends_like_a_fresh_load(pack: Pack) -> None:
+    rungs = len(pack.manifest.rungs)
+    if not rungs:
+        pytest.skip("no plies in this pack")
+    ids = some_ids(pack.manifest.model.vocab, 9)
+    executor = build(pack)
+    rng = np.random.default_rng(3)
+    for target in rng.integers(0, rungs + 1, 12).tolist():
+        if target > executor.resident_rungs:
+            read(executor, pack, target)
+        executor.publish(target)
+        assert executor.arena_bytes == sum(list(pack.manifest.rungs.bytes)[:target])
+        assert np.array_equal(run(executor, ids), run(build(pack, rungs=target), ids))
+
+
+def test_a_damaged_rung_leaves_the_old_state(tmp_path: Path) -> None:
+    pack = Pack.open(write_random_pack(tmp_path / "pack", least=2))
+    rungs = len(pack.manifest.rungs)
+    executor = build(pack, rungs=rungs // 2)
+    ids = some_ids(160, 5)
+    before = run(executor, ids)
+    where = pack.rung_location(rungs - 1)
+    with where.path.open("r+b") as file:
+        file.seek(where.offset + 17)
+        byte = file.read(1)
+        file.seek(where.offset + 17)
+        file.write(bytes([byte[0] ^ 4]))
+    with pytest.raises(ChecksumError, match=f"rung {rungs - 1} has checksum"):
+        read(executor, pack, rungs)
+    assert executor.resident_rungs == rungs // 2
+    assert np.array_equal(run(executor, ids), before)
+    os.truncate(where.path, where.offset + 100)
+    with pytest.raises(ChecksumError, match="ends after 100 of"):
+        read(executor, pack, rungs)
+    with pytest.raises(OSError, match="rung"):
+        executor.read_rungs([(987654, 0, int(pack.manifest.rungs.bytes[rungs // 2]), 0)])
+    assert np.array_equal(run(executor, ids), before)
+
+
+def test_a_step_that_cannot_be_made_changes_nothing(pack: Pack) -> None:
+    executor = build(pack)
+    executor.reserve_kv(2)
+    vocab = pack.manifest.model.vocab
+    a, b = executor.open_sequence(), executor.open_sequence()
+    executor.step([a], [20], np.array(some_ids(vocab, 20), np.int32), [0])
+    with pytest.raises(EngineError, match=r"needs 2 pages of the KV cache, 1 of 2 are free"):
+        executor.step([a, b], [20, 3], np.array(some_ids(vocab, 23), np.int32), [1, 1])
+    with pytest.raises(UsageError, match="not in the vocabulary"):
+        executor.step([b], [1], np.array([vocab], np.int32), [1])
+    with pytest.raises(UsageError, match="twice"):
+        executor.step([b, b], [1, 1], np.array([1, 2], np.int32), [1, 1])
+    with pytest.raises(UsageError, match="counts add up"):
+        executor.step([b], [2], np.array([1], np.int32), [1])
+    with pytest.raises(EngineError, match="no open sequence"):
+        executor.step([7], [1], np.array([1], np.int32), [1])
+    assert (executor.length(a), executor.length(b), executor.kv_pages_used) == (20, 0, 1)
+    executor.truncate(a, 5)
+    assert executor.length(a) == 5
+    with pytest.raises(UsageError, match="cannot truncate"):
+        executor.truncate(a, 6)
+
+
+def test_a_truncated_sequence_goes_on_as_if_it_had_never_been_longer(pack: Pack) -> None:
+    executor = build(pack)
+    vocab = pack.manifest.model.vocab
+    ids, other = some_ids(vocab, 50), some_ids(vocab, 40, 9)
+    want = run(executor, ids)
+    sequence = executor.open_sequence()
+    executor.step([sequence], [10], np.array(ids[:10], np.int32), [0])
+    executor.step([sequence], [40], np.array(other, np.int32), [0])
+    executor.truncate(sequence, 10)
+    got = executor.step([sequence], [40], np.array(ids[10:], np.int32), [2])
+    assert np.array_equal(got, want[10:])
+
+
+def test_only_wanted_logits_come_back(pack: Pack) -> None:
+    executor = build(pack)
+    ids = some_ids(pack.manifest.model.vocab, 30)
+    want = run(executor, ids)
+    a, b, c = (executor.open_sequence() for _ in range(3))
+    got = executor.step([a, b, c], [30] * 3, np.array(ids * 3, np.int32), [0, 2, 1])
+    assert np.array_equal(got, np.concatenate((want, want[-1:])))
+
+
+def test_the_context_is_a_limit(tmp_path: Path) -> None:
+    pack = Pack.open(write_random_pack(tmp_path / "pack", context=40))
+    executor = build(pack)
+    sequence = executor.open_sequence()
+    executor.step([sequence], [40], np.array(some_ids(160, 40), np.int32), [1])
+    with pytest.raises(EngineError, match="the model's context is 40"):
+        executor.step([sequence], [1], np.array([1], np.int32), [1])
+
+
+def test_a_model_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    pack = Pack.open(write_random_pack(tmp_path / "pack"))
+    executor = _core.Executor(asdict(pack.manifest.model), threads=1)
+    with pytest.raises(FormatError, match="'embed' is missing"):
+        executor.finish()
+    with pytest.raises(FormatError, match="no vector 'layers.7.attn_norm'"):
+        executor.set_vector("layers.7.attn_norm", np.ones(64, np.float32))
+    with pytest.raises(FormatError, match="has 3 values, not 64"):
+        executor.set_vector("final_norm", np.ones(3, np.float32))
+    with pytest.raises(UsageError, match="no kernels for the instruction set 'sse9'"):
+        _core.Executor(asdict(pack.manifest.model), threads=1, isa="sse9")
+
+
+def test_unused_memory_goes_back(tmp_path: Path) -> None:
+    pack = Pack.open(write_random_pack(tmp_path / "pack"))
+    executor = build(pack)
+    run(executor, some_ids(160, 200))
+    assert executor.memory()["kv"] == 7 * executor.kv_page_bytes
+    assert executor.trim_kv() == 7 * executor.kv_page_bytes
+    assert executor.memory()["kv"] == 0
