@@ -26,8 +26,13 @@ def oracle_logits(
     base: Mapping[str, npt.NDArray[Any]],
     matrix: Callable[[str], npt.NDArray[Any]],
     ids: list[int],
+    coded: Callable[[Array, str], Array] = lambda x, name: x,
 ) -> Array:
-    """Logits [tokens, vocab] of one sequence; `matrix(name)` gives the weights [rows, columns]."""
+    """Logits [tokens, vocab] of one sequence.
+
+    `matrix(name)` gives the weights [rows, columns], `coded(x, name)` what is left of the inputs x
+    [tokens, columns] of a matrix when they are coded.
+    """
     heads, kv_heads, dim = model["heads"], model["kv_heads"], model["head_dim"]
     eps, count = model["norm_eps"], len(ids)
     weights: dict[str, Array] = {}
@@ -35,7 +40,7 @@ def oracle_logits(
     def times(x: Array, name: str) -> Array:
         if name not in weights:
             weights[name] = matrix(name).astype(np.float64)
-        y: Array = x @ weights[name].T
+        y: Array = coded(x, name) @ weights[name].T
         return y + base[name + ".bias"] if name + ".bias" in base else y
 
     embed = matrix("embed").astype(np.float64)
@@ -81,7 +86,8 @@ def oracle_logits(
             y = _norm(y, base[at + "ffn_post_norm"], eps)
         h = h + y
     h = _norm(h, base["final_norm"], eps)
-    logits: Array = h @ (embed if model["tied"] else matrix("head").astype(np.float64)).T
+    head = "embed" if model["tied"] else "head"
+    logits: Array = coded(h, head) @ matrix(head).astype(np.float64).T
     if model["logit_softcap"]:
         logits = model["logit_softcap"] * np.tanh(logits / model["logit_softcap"])
     return logits

@@ -37,7 +37,8 @@ class Aligned {
 // Room for `tokens` inputs of matrices: as floats and as coded groups.
 struct InputBuffer {
     InputBuffer(int tokens, int width)
-        : stride((static_cast<size_t>(width) + 63) / 64 * 64),
+        : capacity(tokens),
+          stride((static_cast<size_t>(width) + 63) / 64 * 64),
           x(static_cast<size_t>(tokens) * stride),
           hi(static_cast<size_t>(tokens) * stride),
           lo(static_cast<size_t>(tokens) * stride),
@@ -47,13 +48,14 @@ struct InputBuffer {
 
     float* row(int token) const { return x.data() + static_cast<size_t>(token) * stride; }
     Prepared prepared(int groups) const {
-        return {groups, hi.data(), lo.data(), scale.data(), sum_hi.data(), sum_lo.data()};
+        return {groups, capacity, hi.data(), lo.data(), scale.data(), sum_hi.data(), sum_lo.data()};
     }
     size_t bytes() const {
         return x.bytes() + hi.bytes() + lo.bytes() + scale.bytes() + sum_hi.bytes() +
                sum_lo.bytes();
     }
 
+    int capacity;
     size_t stride;
     Aligned<float> x;
     Aligned<int8_t> hi, lo;

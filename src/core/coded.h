@@ -59,14 +59,21 @@ struct CodedMatrix {
     std::vector<uint32_t> position;   // source row -> stored row, likewise
 };
 
-// Input vectors of `tokens` tokens after gathering, rotating and coding: value ≈ (hi + lo / 256) · scale.
+// Input vectors of some tokens after gathering, rotating and coding: value ≈ (hi + lo / 256) · scale. The tokens of a
+// group lie together, so kernels reach all of them from one pointer.
 struct Prepared {
     int groups = 0;
-    int8_t* hi = nullptr;      // [tokens][groups * 64], aligned to 64
-    int8_t* lo = nullptr;      // the same; read only for groups with depth >= kWideDepth
-    float* scale = nullptr;    // [tokens][groups]
-    int32_t* sum_hi = nullptr; // [tokens][groups]: sums of hi and of lo over a group
+    int capacity = 0;           // tokens that there is room for
+    int8_t* hi = nullptr;       // [groups][capacity][64], aligned to 64
+    int8_t* lo = nullptr;       // the same; read only for groups with depth >= kWideDepth
+    float* scale = nullptr;     // [groups][capacity]
+    int32_t* sum_hi = nullptr;  // [groups][capacity]: sums of hi and of lo
     int32_t* sum_lo = nullptr;
+
+    size_t at(int group, int token) const {
+        return static_cast<size_t>(group) * static_cast<size_t>(capacity) +
+               static_cast<size_t>(token);
+    }
 };
 
 }  // namespace pliant

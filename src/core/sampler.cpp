@@ -158,7 +158,7 @@ int32_t Sampler::draw(std::span<const float> logits, const SamplerOptions& optio
     const auto [best, lowest] = extremes(logits);
     if (!(best > -std::numeric_limits<float>::infinity()))
         throw EngineError("no token can be drawn: no logit is a number");
-    if (options.temperature == 0 || options.top_k == 1 || options.min_p == 1 || std::isinf(best))
+    if (options.temperature == 0 || options.top_k == 1 || std::isinf(best))
         return static_cast<int32_t>(std::find(logits.begin(), logits.end(), best) - logits.begin());
 
     Distance distance{best, 1 / std::max(options.temperature, 1e-6f), kRange, 0};

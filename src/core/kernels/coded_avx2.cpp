@@ -121,7 +121,7 @@ PLIANT_INLINE __m256i broadcast(const int8_t* x) {
 template <int N, int T>
 void tokens_block(const CodedProduct& p, int g, int first, int part, const int8_t* wh,
                   const int8_t* wl, __m256 step, float* sums) {
-    const size_t groups = static_cast<size_t>(p.block->groups);
+    const size_t at_x = p.x->at(g, first);
     __m256i top[T], middle[T];
     for (int t = 0; t < T; ++t) top[t] = middle[t] = _mm256_setzero_si256();
     for (int q = 0; q < 16; ++q) {
@@ -131,9 +131,7 @@ void tokens_block(const CodedProduct& p, int g, int first, int part, const int8_
         if constexpr (N >= kWideDepth)
             l = _mm256_load_si256(reinterpret_cast<const __m256i*>(wl + at));
         for (int t = 0; t < T; ++t) {
-            const size_t x_at =
-                (static_cast<size_t>(first + t) * groups + static_cast<size_t>(g)) * kGroup +
-                static_cast<size_t>(4 * q);
+            const size_t x_at = (at_x + static_cast<size_t>(t)) * kGroup + static_cast<size_t>(4 * q);
             const __m256i x = broadcast(p.x->hi + x_at);
             top[t] = dot(top[t], w, x);
             if constexpr (N >= kWideDepth) {
@@ -143,7 +141,7 @@ void tokens_block(const CodedProduct& p, int g, int first, int part, const int8_
         }
     }
     for (int t = 0; t < T; ++t) {
-        const size_t at = static_cast<size_t>(first + t) * groups + static_cast<size_t>(g);
+        const size_t at = at_x + static_cast<size_t>(t);
         const float factor =
             (p.x->scale[at] * p.block->group_scale[g]) * p.levels->scale[N];
         float* sum = sums + (first + t) * kSupertile + part * 8;

@@ -4,6 +4,8 @@
 // multiplied with vpdpbusd; lanes are rows. The 128 is taken out again through the sum of the inputs.
 #include <immintrin.h>
 
+#include <utility>
+
 #include "ops.h"
 
 namespace pliant::avx512 {
@@ -11,6 +13,16 @@ namespace pliant::avx512 {
 namespace {
 
 #define PLIANT_INLINE inline __attribute__((always_inline))
+#define PLIANT_LAMBDA __attribute__((always_inline))
+
+// Calls f<0>() … f<N - 1>(). With constant indices arrays of vectors become registers; a loop, even an unrolled one,
+// leaves them in memory.
+template <int N, typename F>
+PLIANT_INLINE void repeat(F&& f) {
+    [&]<int... I>(std::integer_sequence<int, I...>) PLIANT_LAMBDA {
+        (f.template operator()<I>(), ...);
+    }(std::make_integer_sequence<int, N>{});
+}
 
 // Where the mask has a bit the bit of a, elsewhere that of b.
 PLIANT_INLINE __m512i select(__m512i mask, __m512i a, __m512i b) {
@@ -63,16 +75,14 @@ PLIANT_INLINE void nibbles(const __m512i* v, __m512i* out) {
 template <int N>
 PLIANT_INLINE void collect(const uint8_t* const* planes, size_t offset, __m512i* out) {
     __m512i v[N];
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) v[i] = _mm512_load_si512(planes[i] + offset);
+    repeat<N>([&]<int i>() PLIANT_LAMBDA { v[i] = _mm512_load_si512(planes[i] + offset); });
     __m512i n[4];
     nibbles<(N < 4 ? N : 4)>(v, n);
     if constexpr (N <= 4) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
+        repeat<4>([&]<int j>() PLIANT_LAMBDA {
             out[j] = n[j];
             out[j + 4] = left<-4>(n[j]);
-        }
+        });
     } else if constexpr (N <= 6) {
         __m512i even, odd;  // one or two bits for each vector, at bit 0, 2, 4, 6 of the bytes
         if constexpr (N == 5) {
@@ -95,11 +105,10 @@ PLIANT_INLINE void collect(const uint8_t* const* planes, size_t offset, __m512i*
         __m512i m[4];
         nibbles<N - 4>(v + 4, m);
         const __m512i upper = bytes(0xF0);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
+        repeat<4>([&]<int j>() PLIANT_LAMBDA {
             out[j] = select(upper, left<4>(m[j]), n[j]);
             out[j + 4] = select(upper, m[j], left<-4>(n[j]));
-        }
+        });
     }
 }
 
@@ -143,9 +152,7 @@ PLIANT_INLINE __m512 to_float(__m512i top, __m512i middle) {
 }
 
 PLIANT_INLINE float factor_of(const CodedProduct& p, int token, int g, int depth) {
-    const size_t at = static_cast<size_t>(token) * static_cast<size_t>(p.block->groups) +
-                      static_cast<size_t>(g);
-    return (p.x->scale[at] * p.block->group_scale[g]) * p.levels->scale[depth];
+    return (p.x->scale[p.x->at(g, token)] * p.block->group_scale[g]) * p.levels->scale[depth];
 }
 
 // One token: plies go from memory through registers straight into the sums.
@@ -160,31 +167,27 @@ void run_vector(const CodedProduct& p, const Run& run) {
         __m512 sum[2] = {_mm512_loadu_ps(out), _mm512_loadu_ps(out + 16)};
         for (int g = run.first; g < run.first + run.count; ++g) {
             const uint8_t* planes[N];
-#pragma GCC unroll 8
-            for (int i = 0; i < N; ++i) {
+            repeat<N>([&]<int i>() PLIANT_LAMBDA {
                 planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] + at;
-#pragma GCC unroll 4
                 for (int line = 0; line < 4; ++line)  // the next supertile
                     _mm_prefetch(reinterpret_cast<const char*>(planes[i] + 256 + 64 * line),
                                  _MM_HINT_T0);
-            }
-            const int8_t* xh = p.x->hi + g * kGroup;
-            const int8_t* xl = p.x->lo + g * kGroup;
-            const int32_t bias_top = -128 * p.x->sum_hi[g];
-            const int32_t bias_middle = -128 * (p.x->sum_lo[g] + p.x->sum_hi[g]);
+            });
+            const size_t at_x = p.x->at(g, 0);
+            const int8_t* xh = p.x->hi + at_x * kGroup;
+            const int8_t* xl = p.x->lo + at_x * kGroup;
+            const int32_t bias_top = -128 * p.x->sum_hi[at_x];
+            const int32_t bias_middle = -128 * (p.x->sum_lo[at_x] + p.x->sum_hi[at_x]);
             __m512 step[2];
             row_steps(block.codes[static_cast<size_t>(g)], tile, steps, step);
             const __m512 factor = _mm512_set1_ps(factor_of(p, 0, g, N));
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
+            repeat<2>([&]<int half>() PLIANT_LAMBDA {
                 __m512i top[2] = {_mm512_set1_epi32(bias_top), _mm512_setzero_si512()};
                 __m512i middle[2] = {_mm512_set1_epi32(bias_middle), _mm512_setzero_si512()};
-#pragma GCC unroll 2
-                for (int h = 0; h < 2; ++h) {
+                repeat<2>([&]<int h>() PLIANT_LAMBDA {
                     __m512i index[8];
                     collect<N>(planes, static_cast<size_t>(128 * half + 64 * h), index);
-#pragma GCC unroll 8
-                    for (int j = 0; j < 8; ++j) {
+                    repeat<8>([&]<int j>() PLIANT_LAMBDA {
                         const __m512i x = broadcast(xh + 32 * h + 4 * j);
                         const __m512i w = hi(index[j]);
                         top[h] = _mm512_dpbusd_epi32(top[h], w, x);
@@ -193,12 +196,12 @@ void run_vector(const CodedProduct& p, const Run& run) {
                             middle[0] = _mm512_dpbusd_epi32(middle[0], w, y);
                             middle[1] = _mm512_dpbusd_epi32(middle[1], lo(index[j]), x);
                         }
-                    }
-                }
+                    });
+                });
                 const __m512 value = to_float<N>(_mm512_add_epi32(top[0], top[1]),
                                                  _mm512_add_epi32(middle[0], middle[1]));
                 sum[half] = _mm512_fmadd_ps(_mm512_mul_ps(value, step[half]), factor, sum[half]);
-            }
+            });
         }
         _mm512_storeu_ps(out, sum[0]);
         _mm512_storeu_ps(out + 16, sum[1]);
@@ -213,12 +216,11 @@ PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi, cons
         for (int h = 0; h < 2; ++h) {
             __m512i index[8];
             collect<N>(planes, static_cast<size_t>(128 * half + 64 * h), index);
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; ++j) {
+            repeat<8>([&]<int j>() PLIANT_LAMBDA {
                 const int at = ((8 * h + j) * 2 + half) * 64;
                 _mm512_store_si512(wh + at, hi(index[j]));
                 if constexpr (N >= kWideDepth) _mm512_store_si512(wl + at, lo(index[j]));
-            }
+            });
         }
 }
 
@@ -226,19 +228,17 @@ PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi, cons
 template <int N, int T>
 void tokens_block(const CodedProduct& p, int g, int first, const uint8_t* wh, const uint8_t* wl,
                   const __m512* step, float* sums) {
-    const size_t groups = static_cast<size_t>(p.block->groups);
+    const size_t begin = p.x->at(g, first);
+    const int8_t* xh = p.x->hi + begin * kGroup;
+    const int8_t* xl = p.x->lo + begin * kGroup;
     __m512i top[T][2], middle[T][2];
-    const int8_t *xh[T], *xl[T];
-#pragma GCC unroll 12
-    for (int t = 0; t < T; ++t) {
-        const size_t at = static_cast<size_t>(first + t) * groups + static_cast<size_t>(g);
-        xh[t] = p.x->hi + at * kGroup;
-        xl[t] = p.x->lo + at * kGroup;
+    repeat<T>([&]<int t>() PLIANT_LAMBDA {
+        const size_t at = begin + static_cast<size_t>(t);
         top[t][0] = top[t][1] = _mm512_set1_epi32(-128 * p.x->sum_hi[at]);
         if constexpr (N >= kWideDepth)
             middle[t][0] = middle[t][1] =
                 _mm512_set1_epi32(-128 * (p.x->sum_lo[at] + p.x->sum_hi[at]));
-    }
+    });
     for (int q = 0; q < 16; ++q) {
         const __m512i w0 = _mm512_load_si512(wh + q * 128);
         const __m512i w1 = _mm512_load_si512(wh + q * 128 + 64);
@@ -247,32 +247,29 @@ void tokens_block(const CodedProduct& p, int g, int first, const uint8_t* wh, co
             l0 = _mm512_load_si512(wl + q * 128);
             l1 = _mm512_load_si512(wl + q * 128 + 64);
         }
-#pragma GCC unroll 12
-        for (int t = 0; t < T; ++t) {
-            const __m512i x = broadcast(xh[t] + 4 * q);
+        repeat<T>([&]<int t>() PLIANT_LAMBDA {
+            const __m512i x = broadcast(xh + t * kGroup + 4 * q);
             top[t][0] = _mm512_dpbusd_epi32(top[t][0], w0, x);
             top[t][1] = _mm512_dpbusd_epi32(top[t][1], w1, x);
             if constexpr (N >= kWideDepth) {
-                const __m512i y = broadcast(xl[t] + 4 * q);
+                const __m512i y = broadcast(xl + t * kGroup + 4 * q);
                 middle[t][0] = _mm512_dpbusd_epi32(middle[t][0], w0, y);
                 middle[t][1] = _mm512_dpbusd_epi32(middle[t][1], w1, y);
                 middle[t][0] = _mm512_dpbusd_epi32(middle[t][0], l0, x);
                 middle[t][1] = _mm512_dpbusd_epi32(middle[t][1], l1, x);
             }
-        }
+        });
     }
-#pragma GCC unroll 12
-    for (int t = 0; t < T; ++t) {
+    repeat<T>([&]<int t>() PLIANT_LAMBDA {
         const __m512 factor = _mm512_set1_ps(factor_of(p, first + t, g, N));
         float* sum = sums + (first + t) * kSupertile;
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
+        repeat<2>([&]<int half>() PLIANT_LAMBDA {
             const __m512 value = to_float<N>(top[t][half], middle[t][half]);
             const __m512 before = _mm512_load_ps(sum + 16 * half);
             _mm512_store_ps(sum + 16 * half,
                             _mm512_fmadd_ps(_mm512_mul_ps(value, step[half]), factor, before));
-        }
-    }
+        });
+    });
 }
 
 template <int N>
@@ -284,7 +281,6 @@ void run_tokens(const CodedProduct& p, const Run& run, int s, uint8_t* wh, uint8
     const size_t tile = static_cast<size_t>(s);
     for (int g = run.first; g < run.first + run.count; ++g) {
         const uint8_t* planes[N];
-#pragma GCC unroll 8
         for (int i = 0; i < N; ++i)
             planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] + tile * 256;
         decode<N>(planes, hi, lo, wh, wl);

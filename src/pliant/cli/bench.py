@@ -1,0 +1,202 @@
+"""`pliant bench`: how fast it runs, and how much of what the memory allows."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from pliant.cli.common import (
+    add_engine_options,
+    add_json_option,
+    load_options,
+    natural,
+    print_json,
+    size_option,
+    table,
+)
+from pliant.errors import UsageError
+from pliant.sizes import MIB, format_mb, format_size
+
+if TYPE_CHECKING:
+    from pliant.cli.progress import Bar
+    from pliant.engine.model import Model
+
+PROBE = 128 * MIB  # larger than any cache, so that it is memory that is measured
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure the speed",
+        description="Measure tokens a second for reading a prompt (prefill) and for answering "
+        "(decode), in medians, beside the plain read bandwidth of the memory in the same minute. "
+        "share is the part of that bandwidth at which decode reads the resident weights.",
+    )
+    parser.add_argument("pack", metavar="PACK", help="directory made by pliant pack")
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        type=size_option,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="measure at the depth that pliant run --memory SIZE would have",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="SIZE",
+        type=size_option,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="measure with at most so many bytes of plies and scales",
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        metavar="N",
+        type=natural,
+        default=512,
+        help="length of the prompt (default: 512)",
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="N",
+        type=natural,
+        default=128,
+        help="length of the answer (default: 128)",
+    )
+    parser.add_argument(
+        "--batch", metavar="N", type=natural, default=1, help="sequences in a step (default: 1)"
+    )
+    parser.add_argument(
+        "--repeat", metavar="N", type=natural, default=5, help="medians of N (default: 5)"
+    )
+    add_json_option(parser)
+    add_engine_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    from pliant.cli.progress import progress_bar
+    from pliant.engine.loading import load
+
+    limits = {
+        key: value for key, value in load_options(options).items() if key in ("threads", "isa")
+    }
+    with load(options.pack, sessions=options.batch, **limits) as model:
+        need = options.prompt_tokens + options.tokens
+        if need > model.context:
+            raise UsageError(
+                f"--prompt-tokens and --tokens are {need}, and the model was made for "
+                f"{model.context} tokens"
+            )
+        plans = [(size, model.plan_for(memory=size)) for size in options.memory]
+        plans += [(None, model.plan_for(weights=size)) for size in options.weights]
+        plans = plans or [(None, model.plan_for())]
+        with progress_bar(quiet=options.json) as bar:
+            sizes = []
+            for memory, plan in plans:
+                model.resize(weights=plan.weights or None)
+                what = f"measuring {format_mb(plan.weights)}"
+                measured = _measure(model, options, what, bar)
+                depth = model.depth
+                sizes.append(
+                    {
+                        "memory": memory,
+                        "weights": depth.weights,
+                        "bits_per_weight": depth.bits_per_weight,
+                        "expected_kl": depth.expected_kl,
+                        **measured,
+                    }
+                )
+        report = model.report()
+        answer = {
+            "pack": options.pack,
+            "threads": report.threads,
+            "isa": report.isa,
+            "prompt_tokens": options.prompt_tokens,
+            "tokens": options.tokens,
+            "batch": options.batch,
+            "repeat": options.repeat,
+            "sizes": sizes,
+        }
+    if options.json:
+        print_json(answer)
+    else:
+        _show(answer)
+    return 0
+
+
+def _measure(model: Model, options: argparse.Namespace, what: str, bar: Bar) -> dict[str, Any]:
+    """Medians at the depth that is resident; the probes stand between the runs."""
+    import numpy as np
+
+    from pliant import _core
+
+    threads = model.report().threads
+    vocab, batch = model.pack.manifest.model.vocab, options.batch
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(0, vocab, (batch, options.prompt_tokens), np.int32)
+    nexts = generator.integers(0, vocab, (options.tokens, batch), np.int32)
+    prefill, decode, probes = [], [], []
+    for turn in range(options.repeat + 1):  # the first one warms up
+        probe = _core.read_bandwidth(PROBE // MIB, threads, 3)
+        sessions = [model.session() for _ in range(batch)]
+        try:
+            begin = time.perf_counter()
+            for session, prompt in zip(sessions, prompts.tolist(), strict=True):
+                session.feed(prompt)
+            middle = time.perf_counter()
+            for tokens in nexts:
+                model.step_all(sessions, tokens)
+            end = time.perf_counter()
+        finally:
+            for session in sessions:
+                session.close()
+        if turn:
+            prefill.append(batch * options.prompt_tokens / (middle - begin))
+            decode.append(batch * options.tokens / (end - middle))
+            probes.append(probe)
+        bar(what, (turn + 1) / (options.repeat + 1))
+    bandwidth, speed = float(np.median(probes)), float(np.median(decode))
+    report = model.report()
+    read = report.ledger["weights"][0] + (0 if report.weights else report.ledger["base"][0])
+    return {
+        "prefill_tokens_per_second": float(np.median(prefill)),
+        "prefill_range": [min(prefill), max(prefill)],
+        "decode_tokens_per_second": speed,
+        "decode_range": [min(decode), max(decode)],
+        "bandwidth": bandwidth,
+        "read_per_second": read * speed / batch,
+        "share": read * speed / batch / bandwidth,
+        "resident": report.resident,
+    }
+
+
+def _show(answer: dict[str, Any]) -> None:
+    rows = [
+        [
+            "-" if size["memory"] is None else format_size(size["memory"]),
+            format_mb(size["weights"]),
+            "-" if size["bits_per_weight"] is None else f"{size['bits_per_weight']:.2f}",
+            "-" if size["expected_kl"] is None else f"{size['expected_kl']:.3g}",
+            f"{size['prefill_tokens_per_second']:.0f}",
+            f"{size['decode_tokens_per_second']:.1f}",
+            f"{size['bandwidth'] / 1e9:.1f}",
+            f"{size['share']:.0%}",
+        ]
+        for size in answer["sizes"]
+    ]
+    print(
+        f"{answer['threads']} threads, {answer['isa']}, prompt {answer['prompt_tokens']}, answer "
+        f"{answer['tokens']}, batch {answer['batch']}, medians of {answer['repeat']}\n"
+    )
+    head = ("memory", "weights", "bits", "KL", "prefill/s", "decode/s", "GB/s", "share")
+    print(table(head, rows))
+    print(
+        "\nprefill and decode in tokens/s; GB/s is plain reading of memory, share the part\n"
+        "of it at which decode reads the weights"
+    )

@@ -1,0 +1,158 @@
+"""What the commands share: options, tables, JSON, numbers as text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pliant.sizes import parse_size
+
+__all__ = [
+    "add_engine_options",
+    "add_json_option",
+    "add_limits",
+    "load_options",
+    "natural",
+    "print_json",
+    "quality_text",
+    "say",
+    "size_option",
+    "table",
+]
+
+
+def size_option(text: str) -> int:
+    """The type of options that are sizes."""
+    from pliant.errors import UsageError
+
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("size: ")) from error
+
+
+def natural(text: str) -> int:
+    """The type of options that are whole numbers above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return value
+
+
+def add_limits(parser: argparse.ArgumentParser, *, sessions: bool = False) -> None:
+    """--memory, --weights, --context, --min-bits, --max-kl."""
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        type=size_option,
+        help="most bytes of the whole process, everything included (default: no limit)",
+    )
+    group.add_argument(
+        "--weights",
+        metavar="SIZE",
+        type=size_option,
+        help="most bytes of resident plies and scales (default: what --memory leaves)",
+    )
+    group.add_argument(
+        "--context",
+        metavar="TOKENS",
+        type=natural,
+        help="tokens that a conversation may have (default: what --memory leaves)",
+    )
+    if sessions:
+        group.add_argument(
+            "--sessions",
+            metavar="N",
+            type=natural,
+            default=1,
+            help="conversations of that length held at once (default: 1)",
+        )
+    group.add_argument(
+        "--min-bits",
+        metavar="BITS",
+        type=float,
+        help="refuse to run with fewer bits per weight",
+    )
+    group.add_argument(
+        "--max-kl",
+        metavar="NATS",
+        type=float,
+        help="refuse to run with a larger expected KL divergence",
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """--threads and --isa."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--threads",
+        metavar="N",
+        type=natural,
+        help="threads that compute (default: the CPUs that this process may use)",
+    )
+    group.add_argument(
+        "--isa",
+        choices=("auto", "avx512", "avx2", "plain"),
+        default="auto",
+        help="kernels to compute with (default: the best that this CPU has)",
+    )
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def load_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `pliant.load` that these options stand for."""
+    names = ("memory", "weights", "context", "sessions", "min_bits", "max_kl", "threads", "isa")
+    return {name: value for name in names if (value := getattr(options, name, None)) is not None}
+
+
+def say(text: str) -> None:
+    """Talk to the user, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: object) -> None:
+    """One object on standard output; numbers that are none become null."""
+    print(json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
+
+
+def quality_text(bits: float | None, kl: float | None) -> str:
+    """Bits per weight and expected KL, in a few words."""
+    parts = [] if bits is None else [f"{bits:.2f} bits/weight"]
+    if kl is not None:
+        parts.append(f"expected KL {kl:.3g}")
+    return ", ".join(parts) or "plain weights"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
+    """Columns of text under a heading, right-aligned but for the first `left` ones."""
+    cells = [head, *rows]
+    wide = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = []
+    for row in cells:
+        line = [
+            c.ljust(w) if i < left else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, wide, strict=True))
+        ]
+        lines.append("  ".join(line).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,3 @@
+"""The engine: from a pack to answers."""
+
+from __future__ import annotations

@@ -1,0 +1,136 @@
+"""From an open pack to an executor, and the rungs that are read into it later."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pliant.engine.seam import Executor, Location, Tokenizer
+from pliant.errors import ChecksumError, FormatError, PackError, UsageError
+from pliant.memory.plan import PackSizes
+from pliant.store import Pack
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["RungFiles", "build_executor", "default_threads", "open_tokenizer", "pack_sizes"]
+
+
+def default_threads(threads: int | None) -> int:
+    """`threads`, or the CPUs that this process may use; UsageError unless it is 1 to 1024."""
+    if threads is None:
+        from pliant._core import usable_cpus
+
+        return usable_cpus()
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise UsageError(f"threads must be from 1 to 1024, and not {threads!r}")
+    return threads
+
+
+def build_executor(pack: Pack, *, threads: int, isa: str = "auto", chunk: int = 64) -> Executor:
+    """An executor of the model without any rung.
+
+    Takes the arrays out of `pack.base` as it copies them, so that they are in memory once. `isa`
+    names the kernels to use; `chunk` is how many tokens are computed at once. Raises UsageError for
+    kernels that this machine does not have, ModelError for a decoder that is not supported.
+    """
+    from pliant import _core
+
+    if isa != "auto" and isa not in _core.cpu_isa():
+        raise UsageError(
+            f"the kernels {isa!r} cannot run here; these can: {', '.join(_core.cpu_isa())}"
+        )
+    executor = _core.Executor(asdict(pack.manifest.model), threads=threads, isa=isa, chunk=chunk)
+    base, coded = pack.base, [m for m in pack.manifest.matrices if m.coding == "plies"]
+    for name in list(base):
+        if name.endswith(("norm", ".bias")):
+            executor.set_vector(name, base.pop(name))
+        elif name.endswith(".weight"):
+            executor.set_plain(name.removesuffix(".weight"), base.pop(name))
+    if coded:
+        executor.set_tree(base.pop("tree"), base.pop("scale_steps"))
+    for matrix in coded:
+        executor.add_coded(
+            matrix.name,
+            matrix.rows,
+            matrix.columns,
+            list(matrix.blocks),
+            base[f"order.{matrix.input}"],
+            base.pop(f"{matrix.name}.row_order", None),
+            base.pop(f"{matrix.name}.row_scale").view(np.uint16),
+            base.pop(f"{matrix.name}.group_scale"),
+        )
+    rungs = pack.manifest.rungs
+    executor.set_ladder(pack.ladder, rungs.plies.tolist(), rungs.bytes.tolist())
+    executor.finish()
+    base.clear()
+    return executor
+
+
+def open_tokenizer(pack: Pack) -> Tokenizer:
+    """The tokenizer of a pack, mapped, after its digest was checked in small pieces."""
+    from pliant._core import Tokenizer as CoreTokenizer
+
+    name = "tokenizer.bin"
+    path = pack.file_path(name)
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PackError(f"{path} cannot be read: {error.strerror}") from error
+    if found != pack.manifest.files[name].sha256:
+        raise ChecksumError(f"{path} is not the file that was written: copy or download it again")
+    tokenizer = CoreTokenizer(str(path))
+    if tokenizer.vocab_size > pack.manifest.model.vocab:
+        raise FormatError(
+            f"{path} has {tokenizer.vocab_size} tokens, and the model {pack.manifest.model.vocab}"
+        )
+    return tokenizer
+
+
+def pack_sizes(pack: Pack, executor: Executor) -> PackSizes:
+    """What the model takes at each number of rungs that are here, for plans."""
+    count = pack.rungs_available
+    scales = pack.units.scale_bytes
+    return PackSizes(
+        weights=[scales + size for size in pack.layout.payload[: count + 1].tolist()],
+        arena=[0, *accumulate(pack.manifest.rungs.bytes[:count].tolist())],
+        coded=sum(m.rows * m.columns for m in pack.manifest.matrices if m.coding == "plies"),
+        quality=[(point.bytes, point.kl) for point in pack.manifest.quality],
+        context=pack.manifest.model.context,
+        kv_page_tokens=executor.kv_page_tokens,
+        kv_page_bytes=executor.kv_page_bytes,
+    )
+
+
+class RungFiles:
+    """The shards of a pack, each opened when its first rung is needed, and then kept open.
+
+    A shard that is replaced or deleted later does no harm: what was opened stays readable.
+    """
+
+    __slots__ = ("_files", "_pack")
+
+    def __init__(self, pack: Pack) -> None:
+        self._pack = pack
+        self._files: dict[Path, int] = {}
+
+    def location(self, rung: int) -> Location:
+        """What `Executor.read_rungs` needs. PackError if the file is not there."""
+        place = self._pack.rung_location(rung)
+        if place.path not in self._files:
+            try:
+                self._files[place.path] = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise PackError(f"{place.path} cannot be opened: {error.strerror}") from error
+        return self._files[place.path], place.offset, place.bytes, place.crc32
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._files:
+            os.close(self._files.popitem()[1])

@@ -1,0 +1,141 @@
+"""What the engine reports: plain values, ready for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Depth", "DepthTrack", "GenerationResult", "Report"]
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """How much of the model steps use: rungs, bytes of plies and scales, and what that means.
+
+    `bits_per_weight` is None for a model without coded matrices, `expected_kl` (nats) also if the
+    pack has no measurements.
+    """
+
+    rungs: int
+    weights: int
+    bits_per_weight: float | None
+    expected_kl: float | None
+
+
+class DepthTrack:
+    """The depths that the steps of one answer were made with."""
+
+    __slots__ = ("_bits", "_first", "_kl", "_lowest", "_steps")
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._first: Depth | None = None
+        self._lowest: Depth | None = None
+        # Sums of differences to the first step: means are exact where nothing changed.
+        self._bits = self._kl = 0.0
+
+    def add(self, depth: Depth) -> None:
+        """Count one step."""
+        self._steps += 1
+        if self._first is None or self._lowest is None:
+            self._first = self._lowest = depth
+        self._bits += (depth.bits_per_weight or 0.0) - (self._first.bits_per_weight or 0.0)
+        self._kl += (depth.expected_kl or 0.0) - (self._first.expected_kl or 0.0)
+        if depth.weights < self._lowest.weights:
+            self._lowest = depth
+
+    def values(self) -> dict[str, float | None]:
+        """The quality fields of a result."""
+        first, low = self._first, self._lowest
+        bits = first.bits_per_weight if first else None
+        kl = first.expected_kl if first else None
+        return {
+            "bits_per_weight": bits if bits is None else bits + self._bits / self._steps,
+            "bits_per_weight_lowest": low.bits_per_weight if low else None,
+            "expected_kl": kl if kl is None else kl + self._kl / self._steps,
+            "expected_kl_highest": low.expected_kl if low else None,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationResult:
+    """One answer, and what it was made with.
+
+    `finish_reason`: `eos` (the model ended it), `stop` (a stop text came), `length` (max_tokens),
+    `context` (no room for more), `cancelled`, or None while it goes on. `bits_per_weight` and
+    `expected_kl` are means over the steps; `..._lowest` and `..._highest` are those of the
+    shallowest step, and differ from the mean if the budget moved meanwhile. Times are in seconds.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    finish_reason: str | None
+    seed: int
+    bits_per_weight: float | None
+    bits_per_weight_lowest: float | None
+    expected_kl: float | None
+    expected_kl_highest: float | None
+    prefill_seconds: float
+    decode_seconds: float
+    decode_steps: int
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """Speed of reading the prompt, without what was known already; None if nothing was read."""
+        read = self.prompt_tokens - self.cached_tokens
+        return read / self.prefill_seconds if read > 0 and self.prefill_seconds > 0 else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of the steps after the prompt, each of one token; None if there was none."""
+        steps = self.decode_steps
+        return steps / self.decode_seconds if steps > 0 and self.decode_seconds > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and both speeds, as plain values."""
+        return {
+            **asdict(self),
+            "tokens": list(self.tokens),
+            "prefill_tokens_per_second": self.prefill_tokens_per_second,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The state of a model. All sizes in bytes.
+
+    `ledger` has for each owner what it holds and what of it is in memory; `free` + the sum of what
+    is held = `total`. `matrices` has the mean depth in plies of each coded matrix.
+    """
+
+    pack: str
+    budget: int | None
+    resident: int
+    peak: int
+    total: int
+    free: int
+    ledger: dict[str, tuple[int, int]]
+    rungs: int
+    rungs_available: int
+    rungs_of_pack: int
+    weights: int
+    bits_per_weight: float | None
+    expected_kl: float | None
+    context: int
+    sessions: int
+    threads: int
+    isa: str
+    matrices: dict[str, float] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return {
+            **asdict(self),
+            "ledger": {
+                name: {"held": held, "touched": touched}
+                for name, (held, touched) in self.ledger.items()
+            },
+        }

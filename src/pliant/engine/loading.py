@@ -1,0 +1,153 @@
+"""From a directory to a running model: put everything in place, measure it, plan the rest."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from pliant.engine.build import build_executor, default_threads, open_tokenizer, pack_sizes
+from pliant.engine.chat import ChatTemplate, find_template
+from pliant.engine.model import Model
+from pliant.errors import BudgetError, UsageError
+from pliant.memory.budget import Meter, margin, system_limit
+from pliant.memory.plan import PackSizes, Wish, make_plan
+from pliant.sizes import MIB, format_size, parse_size
+from pliant.store import Pack
+
+if TYPE_CHECKING:
+    from pliant.engine.seam import Executor, Tokenizer
+
+__all__ = ["Parts", "load", "open_parts"]
+
+LOGIT_ROWS = 2  # rows of logits that an answer has in memory at once
+ROUNDING = MIB  # fixed parts are rounded up to it, so that plans do not differ from run to run
+
+
+class Parts:
+    """Everything of a model but its weights and KV, in memory, and measured."""
+
+    __slots__ = ("executor", "fixed", "pack", "sizes", "template", "tokenizer", "tokenizer_bytes")
+
+    def __init__(
+        self,
+        pack: Pack,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        sizes: PackSizes,
+        fixed: tuple[tuple[str, int], ...],
+        template: ChatTemplate | None,
+    ) -> None:
+        self.pack = pack
+        self.template = template
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self.sizes = sizes
+        self.fixed = fixed
+        self.tokenizer_bytes = pack.manifest.files["tokenizer.bin"].bytes
+
+
+def open_parts(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    isa: str = "auto",
+    chunk: int = 64,
+    chat: bool = True,
+    limit: int | None = None,
+) -> Parts:
+    """Open a pack and build executor and tokenizer. `limit`: most bytes for base tensors."""
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 4096:
+        raise UsageError(f"chunk must be from 1 to 4096 tokens, and not {chunk!r}")
+    count = default_threads(threads)
+    import pliant._core  # noqa: F401 - before the first mark: its code counts as interpreter
+
+    meter = Meter()
+    pack = Pack.open(path, limit=limit)
+    meter.mark("base")
+    tokenizer = open_tokenizer(pack)
+    grown = meter.mark("tokenizer")
+    mapped = pack.manifest.files["tokenizer.bin"].bytes
+    unread = max(0, mapped - getattr(tokenizer, "resident_bytes", mapped))
+    executor = build_executor(pack, threads=count, isa=isa, chunk=chunk)
+    meter.mark("base")
+    found = find_template(pack.path) if chat else None
+    template = None if found is None else ChatTemplate(*found)
+    meter.mark("chat template")
+    parts, memory = dict(meter.parts), executor.memory()
+    activations = memory.get("activations", 0)
+    # What was promised to the executor and not yet touched will be, with the first step.
+    untouched = max(0, memory.get("base", 0) + activations - parts["base"])
+    vocab = pack.manifest.model.vocab
+    fixed = {
+        "interpreter": parts["interpreter"],
+        "tokenizer": grown + unread,
+        "base": parts["base"] - activations + untouched,
+        "activations": activations,
+        "logits": LOGIT_ROWS * vocab * 4,
+        "chat template": parts["chat template"],
+        "margin": margin(),
+    }
+    fixed["margin"] += -sum(fixed.values()) % ROUNDING
+    named = tuple((name, max(size, 0)) for name, size in fixed.items() if size)
+    return Parts(pack, executor, tokenizer, pack_sizes(pack, executor), named, template)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    memory: int | str | None = None,
+    weights: int | str | None = None,
+    context: int | None = None,
+    sessions: int = 1,
+    min_bits: float | None = None,
+    max_kl: float | None = None,
+    threads: int | None = None,
+    isa: str = "auto",
+    kv_bits: int = 16,
+    chunk: int = 64,
+    chat: bool = True,
+) -> Model:
+    """Load a pack within a budget.
+
+    memory:    bytes of the whole process (its resident set), such as "300MiB". None: no limit
+    weights:   bytes of resident plies and scales; the largest prefix of rungs that fits is loaded
+    context:   tokens that each session may hold. None: as many as the budget leaves
+    sessions:  how many conversations of that length are held at once
+    min_bits, max_kl: the floor of quality, in bits per weight and nats of expected KL divergence
+    threads:   None: the CPUs that this process may use
+    isa:       kernels: "auto", or one of pliant._core.cpu_isa()
+    kv_bits:   bits of a value in the KV cache; 16 is the only choice
+    chunk:     tokens of a prompt that are computed at once; fewer take less memory
+    chat:      prepare the chat template, if the pack has one (some 7 MiB for jinja2)
+
+    Raises PackError for a pack that cannot be used, BudgetError with the sum if it does not fit,
+    UsageError for arguments without meaning.
+    """
+    if kv_bits != 16:
+        raise UsageError(f"kv_bits must be 16, and not {kv_bits!r}")
+    wish = Wish(
+        memory=None if memory is None else parse_size(memory, "memory"),
+        weights=None if weights is None else parse_size(weights, "weights"),
+        context=context,
+        sessions=sessions,
+        min_bits=min_bits,
+        max_kl=max_kl,
+    )
+    parts = open_parts(path, threads=threads, isa=isa, chunk=chunk, chat=chat, limit=wish.memory)
+    if wish.memory is None:
+        plan, limit = make_plan(parts.sizes, parts.fixed, wish), system_limit()
+        if plan.total - plan.kv > limit:
+            raise BudgetError(
+                f"all of this model takes {format_size(plan.total - plan.kv)}, and this machine "
+                f"gives a process at most {format_size(limit)}: set a memory budget"
+            )
+    return Model(
+        parts.pack,
+        parts.executor,
+        parts.tokenizer,
+        sizes=parts.sizes,
+        fixed=parts.fixed,
+        wish=wish,
+        tokenizer_bytes=parts.tokenizer_bytes,
+        template=parts.template,
+    )

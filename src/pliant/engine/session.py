@@ -1,0 +1,107 @@
+"""One sequence of tokens in the KV cache, continued from where a new prompt differs from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from pliant.engine.kinds import DepthTrack
+from pliant.engine.seam import Floats
+from pliant.errors import EngineError
+
+if TYPE_CHECKING:
+    from pliant.engine.model import Model
+
+__all__ = ["PIECE", "Session"]
+
+PIECE = 256
+"""Tokens of a prompt in one step: the budget can change in between."""
+
+
+class Session:
+    """Keeps the keys and values of a conversation, so that only what is new is computed.
+
+    Used by one thread at a time. Close it, or use it as a context manager, to give its memory back.
+    """
+
+    __slots__ = ("_model", "_sequence", "tokens")
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._sequence: int | None = model._open_sequence()
+        self.tokens: list[int] = []
+        """The tokens whose keys and values are in the cache."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def sequence(self) -> int:
+        """The number of its sequence in the executor; EngineError once it is closed."""
+        if self._sequence is None:
+            raise EngineError("this session was closed; open a new one")
+        return self._sequence
+
+    @property
+    def room(self) -> int:
+        """How many more tokens fit into the context."""
+        return self._model.context - len(self.tokens)
+
+    def close(self) -> None:
+        """Forget everything. Nothing happens the second time."""
+        if self._sequence is not None:
+            self._model._close_sequence(self._sequence)
+            self._sequence = None
+            self.tokens.clear()
+
+    def rewind(self, ids: Sequence[int]) -> int:
+        """Keep of the cache only what agrees with `ids`, and at least leave its last token to feed.
+
+        Returns how many tokens are kept.
+        """
+        common = 0
+        for mine, other in zip(self.tokens, ids[:-1], strict=False):
+            if mine != other:
+                break
+            common += 1
+        if common < len(self.tokens):
+            self._model._truncate(self.sequence, common)
+            del self.tokens[common:]
+        return common
+
+    def feed(self, ids: Sequence[int], track: DepthTrack | None = None) -> Floats:
+        """Append tokens; float32 [vocabulary], the logits after the last of them.
+
+        EngineError if they do not fit; what was appended before the error stays.
+        """
+        for start in range(0, len(ids) - PIECE, PIECE):
+            self._step(ids[start : start + PIECE], 0, track)
+        row: Floats = self._step(ids[(len(ids) - 1) // PIECE * PIECE :], 1, track)[0]
+        return row
+
+    def feed_all(self, ids: Sequence[int], piece: int) -> Iterator[Floats]:
+        """Append tokens and give the logits after each: float32 [at most piece, vocabulary]."""
+        for start in range(0, len(ids), piece):
+            yield self._step(ids[start : start + piece], 2, None)
+
+    def _step(self, ids: Sequence[int], want: Literal[0, 1, 2], track: DepthTrack | None) -> Floats:
+        array = np.array(ids, np.int32)
+        rows, depth = self._model._step([self.sequence], [len(ids)], array, [want])
+        self.tokens.extend(ids)
+        if track is not None:
+            track.add(depth)
+        return rows

@@ -1,0 +1,57 @@
+"""A lock that is given in the order in which it was asked for.
+
+The engine steps in a tight loop. With an ordinary lock the loop takes it again at once, and a
+thread that wants to change the budget may wait for ever; here it waits for one step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from types import TracebackType
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """Mutual exclusion, first come, first served; not reentrant. Use it as a context manager."""
+
+    __slots__ = ("_guard", "_taken", "_waiting")
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._taken = False
+        self._waiting: deque[threading.Lock] = deque()
+
+    def __enter__(self) -> None:
+        with self._guard:
+            if not self._taken:
+                self._taken = True
+                return
+            mine = threading.Lock()
+            mine.acquire()
+            self._waiting.append(mine)
+        try:
+            mine.acquire()  # until the one before hands over
+        except BaseException:  # Ctrl-C while waiting
+            with self._guard:
+                if mine in self._waiting:
+                    self._waiting.remove(mine)
+                    raise
+            self._leave()  # the turn had just come
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        with self._guard:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._taken = False
