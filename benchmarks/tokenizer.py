@@ -141,8 +141,9 @@ def measure(kind: str, path: Path, texts: list[str]) -> dict[str, float]:
 
 def compare(source: Path, packed: Path, texts: list[str]) -> dict[str, int]:
     """Counts what was compared, and what was not equal."""
-    from pliant._core import Tokenizer
     from tokenizers import Tokenizer as Reference
+
+    from pliant._core import Tokenizer
 
     ours, reference = Tokenizer(str(packed)), Reference.from_file(str(source))
     count = {

@@ -1,4 +1,4 @@
-"""The decoder in plain numpy, float64, written from docs/format.md: no cache, no batches, no integers."""
+"""The decoder in plain numpy, float64: no cache, no batches, no integers."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from oracle import oracle_logits
 from packs import slow_matrix, write_random_pack
-
 from pliant import _core
 from pliant.errors import ChecksumError, EngineError, FormatError, UsageError
 from pliant.store import Pack
@@ -65,9 +65,7 @@ def build(
             )
     if coded:
         table = pack.manifest.rungs
-        executor.set_ladder(
-            np.ascontiguousarray(pack.ladder), list(table.plies), list(table.bytes)
-        )
+        executor.set_ladder(np.ascontiguousarray(pack.ladder), list(table.plies), list(table.bytes))
     executor.finish()
     if coded:
         read(executor, pack, len(pack.manifest.rungs) if rungs is None else rungs)
@@ -310,7 +308,7 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     executor = _core.Executor(asdict(pack.manifest.model), threads=1)
     with pytest.raises(FormatError, match="'embed' is missing"):
         executor.finish()
-    with pytest.raises(FormatError, match="no vector 'layers.7.attn_norm'"):
+    with pytest.raises(FormatError, match=r"no vector 'layers\.7\.attn_norm'"):
         executor.set_vector("layers.7.attn_norm", np.ones(64, np.float32))
     with pytest.raises(FormatError, match="has 3 values, not 64"):
         executor.set_vector("final_norm", np.ones(3, np.float32))

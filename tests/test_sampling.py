@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pliant._core import sample
 
+from pliant._core import sample
 from pliant.engine.sampling import Sampling, new_seed
 from pliant.errors import EngineError, UsageError
 

@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pliant._core import Tokenizer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from tokenizers.processors import Sequence, TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
+from pliant._core import Tokenizer
 from pliant.errors import FormatError, ModelError, SourceError, UsageError
 from pliant.pack.tokenizer import PATTERNS, build_tokenizer
 

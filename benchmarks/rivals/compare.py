@@ -30,7 +30,7 @@ def speed(pack: Path, sizes: list[dict[str, Any]], threads: int) -> None:
     command = [sys.executable, "-m", "pliant", "bench", str(pack), "--json"]
     command += ["--threads", str(threads)]
     for size in sizes:
-        size["load_average"] = load_average()
+        size |= {"threads": threads, "load_average": load_average()}
         command_of_size = [*command, "--weights", str(size["weights"])]
         done = subprocess.run(command_of_size, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -144,7 +144,6 @@ def main() -> None:
         "model": name,
         "engine": f"pliant {pliant.__version__}",
         "machine": machine(),
-        "threads": args.threads,
         "sizes": [],
     }
     if args.only in ("speed", "table"):

@@ -221,7 +221,11 @@ def weights_only(path: Path, reference: Reference, threads: int) -> float:
 
 def speed(path: Path, ids: Ids, threads: int) -> dict[str, Any]:
     """Tokens a second of one file, beside what the machine did at that minute."""
-    state = {"load_average": load_average(), "bandwidth": read_bandwidth(threads)}
+    state = {
+        "threads": threads,
+        "load_average": load_average(),
+        "bandwidth": read_bandwidth(threads),
+    }
     with running(path, threads) as engine:
         return state | speeds(
             lambda run: engine.prefill(ids[run % len(ids)]),
@@ -267,7 +271,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="fewer than the reference has")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--only", choices=("quality", "speed"), help="the other figures in OUT stay as they are"
+        "--only",
+        choices=("quality", "imatrix", "speed"),
+        help="the other figures in OUT stay as they are",
     )
     args = parser.parse_args()
 
@@ -287,7 +293,6 @@ def main() -> None:
         "engine": f"llama.cpp, llama-cpp-python {llama_cpp.__version__}",
         "system": llama_cpp.llama_print_system_info().decode().strip(" |\n"),
         "machine": machine(),
-        "threads": args.threads,
         "files": {},
     }
     if args.out.exists():  # files that are not measured now keep their figures
@@ -298,15 +303,15 @@ def main() -> None:
         file = result["files"].setdefault(name, {})
         if not plain.exists():
             quantise(f32, plain, name, None, args.threads)
-        if args.only != "speed":
+        if args.only in (None, "quality"):
             file |= quality(plain, args.source, reference, args.threads)
             if name != "F32":
                 file["kl_weights"] = weights_only(plain, reference, args.threads)
-            if name != "F32" and matrix.exists():
-                if not helped.exists():
-                    quantise(f32, helped, name, matrix, args.threads)
-                file["imatrix"] = quality(helped, args.source, reference, args.threads)
-        if args.only != "quality" and name != "F32":
+        if args.only in (None, "imatrix") and name != "F32" and matrix.exists():
+            if not helped.exists():
+                quantise(f32, helped, name, matrix, args.threads)
+            file["imatrix"] = quality(helped, args.source, reference, args.threads)
+        if args.only in (None, "speed") and name != "F32":
             file |= speed(plain, reference.ids, args.threads)
         write_json(args.out, result)
         print(f"{name} done", file=sys.stderr)

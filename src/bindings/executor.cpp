@@ -66,8 +66,7 @@ ModelSpec model_from(const nb::dict& d) {
         throw ModelError("the activation '" + activation + "' is not supported");
     for (nb::handle item : get<nb::sequence>(d, "ropes")) {
         const nb::dict rope = nb::cast<nb::dict>(item);
-        m.ropes.push_back(
-            {get<std::vector<float>>(rope, "inv_freq"), get<float>(rope, "scale")});
+        m.ropes.push_back({get<std::vector<float>>(rope, "inv_freq"), get<float>(rope, "scale")});
     }
     m.layer_rope = get<std::vector<int>>(d, "layer_rope");
     m.layer_window = get<std::vector<int>>(d, "layer_window");
@@ -77,13 +76,15 @@ ModelSpec model_from(const nb::dict& d) {
 // IEEE half to float, for the scales of rows.
 float from_half(uint16_t h) {
     const int exponent = h >> 10 & 31, mantissa = h & 1023;
-    const float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                      : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+    const float value = exponent == 0
+                            ? std::ldexp(static_cast<float>(mantissa), -24)
+                            : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
     return h & 0x8000 ? -value : value;
 }
 
-nb::object step_logits(Executor& self, const std::vector<int>& sequences, const std::vector<int>& counts,
-                const Array1<int32_t>& tokens, const std::vector<int>& want) {
+nb::object step_logits(Executor& self, const std::vector<int>& sequences,
+                       const std::vector<int>& counts, const Array1<int32_t>& tokens,
+                       const std::vector<int>& want) {
     if (sequences.size() != counts.size() || counts.size() != want.size())
         throw UsageError("step: seqs, counts and want must have one length");
     std::vector<Piece> pieces;
@@ -95,8 +96,8 @@ nb::object step_logits(Executor& self, const std::vector<int>& sequences, const 
         total += static_cast<size_t>(counts[i]);
     }
     if (tokens.shape(0) != total)
-        throw UsageError("step: " + std::to_string(tokens.shape(0)) + " tokens, but the counts add up to " +
-                                 std::to_string(total));
+        throw UsageError("step: " + std::to_string(tokens.shape(0)) +
+                         " tokens, but the counts add up to " + std::to_string(total));
     const size_t rows = Executor::logit_rows(pieces);
     const size_t vocab = static_cast<size_t>(self.model().vocab);
     std::unique_ptr<float[]> logits(new float[std::max<size_t>(rows * vocab, 1)]);
@@ -213,11 +214,11 @@ void init_executor(nb::module_& module) {
             "length", [](const Executor& self, int seq) { return self.kv.length(seq); },
             nb::arg("seq"))
         .def(
-            "truncate",
-            [](Executor& self, int seq, int length) { self.kv.truncate(seq, length); },
+            "truncate", [](Executor& self, int seq, int length) { self.kv.truncate(seq, length); },
             nb::arg("seq"), nb::arg("length"))
         .def("trim_kv", [](Executor& self) { return self.kv.trim(); })
-        .def("step", &step_logits, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"), nb::arg("want"))
+        .def("step", &step_logits, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"),
+             nb::arg("want"))
         .def_prop_ro("isa", &Executor::isa)
         .def_prop_ro("threads", &Executor::threads)
         .def("memory", [](const Executor& self) {

@@ -6,8 +6,9 @@
 
 namespace pliant {
 
-// A range of anonymous memory, aligned to 2 MiB. Nothing inside is ever moved. Memory is taken from the kernel when
-// it is first written and given back by `release`, so the resident bytes follow what is in use, not what is reserved.
+// A range of anonymous memory, aligned to 2 MiB. Nothing inside is ever moved. Memory is taken from
+// the kernel when it is first written and given back by `release`, so the resident bytes follow
+// what is in use, not what is reserved.
 class Arena {
   public:
     Arena() = default;
@@ -21,10 +22,11 @@ class Arena {
     uint8_t* data() const { return data_; }
     size_t size() const { return size_; }
 
-    // Asks for huge pages in the part of [begin, end) that fills them: ten times cheaper to touch and to give back.
+    // Asks for huge pages in the part of [begin, end) that fills them: ten times cheaper to touch
+    // and to give back.
     void prefer_huge(size_t begin, size_t end);
-    // Gives the memory of [begin, end) back to the kernel at once; it reads as zeros afterwards. `begin` is rounded
-    // up and `end` down to whole pages.
+    // Gives the memory of [begin, end) back to the kernel at once; it reads as zeros afterwards.
+    // `begin` is rounded up and `end` down to whole pages.
     void release(size_t begin, size_t end);
 
   private:

@@ -84,8 +84,7 @@ struct Executor::Buffers {
           gate(chunk, m.ffn),
           up(chunk, m.ffn),
           out(chunk, m.hidden),
-          cosine(static_cast<size_t>(chunk) * m.ropes.size() *
-                 static_cast<size_t>(m.head_dim / 2)),
+          cosine(static_cast<size_t>(chunk) * m.ropes.size() * static_cast<size_t>(m.head_dim / 2)),
           sine(static_cast<size_t>(chunk) * m.ropes.size() * static_cast<size_t>(m.head_dim / 2)) {
         for (int i = 0; i < threads; ++i) {
             own.emplace_back(1, std::max({m.hidden, m.heads * m.head_dim, m.ffn}));
@@ -103,10 +102,10 @@ struct Executor::Buffers {
         return total;
     }
 
-    InputBuffer input;               // of a matrix; shared by all threads …
-    std::vector<InputBuffer> own;    // … or one token, made by each thread for itself
+    InputBuffer input;             // of a matrix; shared by all threads …
+    std::vector<InputBuffer> own;  // … or one token, made by each thread for itself
     OutputBuffer residual, q, k, v, gate, up, out;
-    Aligned<float> cosine, sine;     // [ropes][tokens][head_dim / 2]
+    Aligned<float> cosine, sine;  // [ropes][tokens][head_dim / 2]
     std::vector<Aligned<uint8_t>> scratch;
     std::vector<Aligned<float>> head;
 };

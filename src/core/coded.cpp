@@ -6,15 +6,21 @@ namespace pliant {
 
 namespace {
 
-// The number of the level (its plies, most significant first) that a byte of collected bits stands for.
+// The number of the level (its plies, most significant first) that a byte of collected bits stands
+// for.
 int level_number(int depth, int byte) {
     const int nibble = byte & 15, upper = byte >> 4;
     switch (depth) {
-        case 5: return nibble << 1 | (upper & 1);
-        case 6: return nibble << 2 | (upper & 3);
-        case 7: return nibble << 3 | upper >> 1;
-        case 8: return nibble << 4 | upper;
-        default: return nibble >> (4 - depth);
+        case 5:
+            return nibble << 1 | (upper & 1);
+        case 6:
+            return nibble << 2 | (upper & 3);
+        case 7:
+            return nibble << 3 | upper >> 1;
+        case 8:
+            return nibble << 4 | upper;
+        default:
+            return nibble >> (4 - depth);
     }
 }
 
@@ -36,7 +42,8 @@ void LevelTables::build(const float* levels, const float* scale_steps) {
                 const int value = static_cast<int>(std::lrintf(share * 32512.0f));
                 const int high = (value + 128) >> 8;
                 int low = value - high * 256;
-                if (low == -128) low = -127;  // keeps |lo| a positive int8 for the kernels that negate it
+                if (low == -128)
+                    low = -127;  // keeps |lo| a positive int8 for the kernels that negate it
                 hi[depth][byte] = static_cast<int8_t>(high);
                 lo[depth][byte] = static_cast<int8_t>(low);
             }

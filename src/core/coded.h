@@ -1,4 +1,5 @@
-// A matrix in plies, and the inputs that it is multiplied with, as the kernels see them. docs/format.md, section 4.
+// A matrix in plies, and the inputs that it is multiplied with, as the kernels see them.
+// docs/format.md, section 4.
 #pragma once
 
 #include <cstddef>
@@ -10,13 +11,16 @@ namespace pliant {
 constexpr int kGroup = 64;      // input channels of a group
 constexpr int kSupertile = 32;  // rows that are decoded together: two tiles of 16
 constexpr int kMaxDepth = 8;
-constexpr int kWideDepth = 6;   // from this depth on, levels and activations have 16 bits instead of 8
+constexpr int kWideDepth =
+    6;  // from this depth on, levels and activations have 16 bits instead of 8
 
-// The levels of the Gaussian tree as integers: level ≈ (hi + lo / 256) · scale[depth], lo only from kWideDepth on.
+// The levels of the Gaussian tree as integers: level ≈ (hi + lo / 256) · scale[depth], lo only from
+// kWideDepth on.
 //
-// Kernels collect the bits of a weight in the order that is cheapest to collect: plies 1-4 in bits 3-0 (ply 1 in bit 3),
-// the later ones above: at depth 5 ply 5 in bit 4; at depth 6 plies 5, 6 in bits 5, 4; at depths 7 and 8 plies 5-8 in bits
-// 7-4. The tables are indexed by that byte, and repeat over the bits that a depth does not use.
+// Kernels collect the bits of a weight in the order that is cheapest to collect: plies 1-4 in bits
+// 3-0 (ply 1 in bit 3), the later ones above: at depth 5 ply 5 in bit 4; at depth 6 plies 5, 6 in
+// bits 5, 4; at depths 7 and 8 plies 5-8 in bits 7-4. The tables are indexed by that byte, and
+// repeat over the bits that a depth does not use.
 struct LevelTables {
     alignas(64) int8_t hi[kMaxDepth + 1][256] = {};
     alignas(64) int8_t lo[kMaxDepth + 1][256] = {};
@@ -32,19 +36,19 @@ struct Run {
     int first, count, depth;
 };
 
-// One row block of a coded matrix. Pointers lead into the arena of the weights and stay the same for ever; `runs`
-// says which of them may be followed.
+// One row block of a coded matrix. Pointers lead into the arena of the weights and stay the same
+// for ever; `runs` says which of them may be followed.
 struct CodedBlock {
     int rows = 0;    // of the block; a multiple of 32 except in the last block
     int first = 0;   // stored row that it begins with
     int padded = 0;  // rounded up to supertiles
     int groups = 0;
-    const float* group_scale = nullptr;           // [groups]
-    const float* row_scale = nullptr;             // [padded]; zero beyond rows
-    std::vector<const uint8_t*> codes;            // [groups] scale codes
-    std::vector<const uint8_t*> planes;           // [groups * 8]
-    std::vector<uint8_t> depth;                   // [groups]
-    std::vector<Run> runs;                        // without groups of depth 0, in rising order
+    const float* group_scale = nullptr;  // [groups]
+    const float* row_scale = nullptr;    // [padded]; zero beyond rows
+    std::vector<const uint8_t*> codes;   // [groups] scale codes
+    std::vector<const uint8_t*> planes;  // [groups * 8]
+    std::vector<uint8_t> depth;          // [groups]
+    std::vector<Run> runs;               // without groups of depth 0, in rising order
 
     void update_runs();
 };
@@ -53,14 +57,14 @@ struct CodedMatrix {
     int rows = 0, columns = 0, groups = 0;
     int input = 0;  // index of its channel order
     std::vector<CodedBlock> blocks;
-    std::vector<float> row_scale;    // of all blocks; the last one padded
-    std::vector<float> group_scale;  // [blocks][groups]
+    std::vector<float> row_scale;     // of all blocks; the last one padded
+    std::vector<float> group_scale;   // [blocks][groups]
     std::vector<uint32_t> row_order;  // stored row -> source row; empty if they are the same
     std::vector<uint32_t> position;   // source row -> stored row, likewise
 };
 
-// Input vectors of some tokens after gathering, rotating and coding: value ≈ (hi + lo / 256) · scale. The tokens of a
-// group lie together, so kernels reach all of them from one pointer.
+// Input vectors of some tokens after gathering, rotating and coding: value ≈ (hi + lo / 256) ·
+// scale. The tokens of a group lie together, so kernels reach all of them from one pointer.
 struct Prepared {
     int groups = 0;
     int capacity = 0;           // tokens that there is room for

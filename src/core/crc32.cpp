@@ -39,8 +39,7 @@ uint32_t crc32(const uint8_t* data, size_t bytes) {
         word[0] ^= crc;
         crc = 0;
         for (int w = 0; w < 4; ++w)
-            for (int b = 0; b < 4; ++b)
-                crc ^= kTables[15 - 4 * w - b][(word[w] >> (8 * b)) & 255];
+            for (int b = 0; b < 4; ++b) crc ^= kTables[15 - 4 * w - b][(word[w] >> (8 * b)) & 255];
     }
     for (; bytes > 0; --bytes, ++data) crc = (crc >> 8) ^ kTables[0][(crc ^ *data) & 255];
     return ~crc;

@@ -1,4 +1,5 @@
-// The errors that the core throws. Bindings map each to the class of the same name in pliant.errors.
+// The errors that the core throws. Bindings map each to the class of the same name in
+// pliant.errors.
 #pragma once
 
 #include <stdexcept>

@@ -156,8 +156,8 @@ void Executor::add_coded(const std::string& name, int rows, int columns,
     if (input < 0) input = weights.add_input(std::move(order));
     linear->rows = rows;
     linear->columns = columns;
-    linear->coded = weights.add_matrix(rows, columns, input, blocks, row_scale, group_scale,
-                                       row_order);
+    linear->coded =
+        weights.add_matrix(rows, columns, input, blocks, row_scale, group_scale, row_order);
 }
 
 void Executor::finish() {
@@ -165,9 +165,9 @@ void Executor::finish() {
     const auto need = [](const Linear& linear, const std::string& name, int rows, int columns) {
         if (!linear.present()) throw FormatError("the matrix '" + name + "' is missing");
         if (linear.rows != rows || linear.columns != columns)
-            throw FormatError("the matrix '" + name + "' is " + std::to_string(linear.rows) + " × " +
-                              std::to_string(linear.columns) + ", not " + std::to_string(rows) +
-                              " × " + std::to_string(columns));
+            throw FormatError("the matrix '" + name + "' is " + std::to_string(linear.rows) +
+                              " × " + std::to_string(linear.columns) + ", not " +
+                              std::to_string(rows) + " × " + std::to_string(columns));
         if (!linear.bias.empty() && linear.bias.size() != static_cast<size_t>(rows))
             throw FormatError("the bias of '" + name + "' is not of its rows");
     };
@@ -225,8 +225,8 @@ uint64_t Executor::base_bytes() const {
     };
     bytes += linear(embed_) + linear(head_);
     for (const Layer& layer : layers_) {
-        for (const Linear* l : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up,
-                                &layer.down})
+        for (const Linear* l :
+             {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
             bytes += linear(*l);
         for (const auto* v : {&layer.attn_norm, &layer.ffn_norm, &layer.attn_post_norm,
                               &layer.ffn_post_norm, &layer.q_norm, &layer.k_norm})

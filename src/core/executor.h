@@ -16,10 +16,10 @@ namespace pliant {
 // A matrix in one of its two forms.
 struct Linear {
     int rows = 0, columns = 0;
-    int coded = -1;                // index in Weights, or
-    std::vector<float> f32;        // [rows][columns], or
-    std::vector<uint16_t> bf16;    // [rows][columns]
-    std::vector<float> bias;       // [rows] or empty
+    int coded = -1;              // index in Weights, or
+    std::vector<float> f32;      // [rows][columns], or
+    std::vector<uint16_t> bf16;  // [rows][columns]
+    std::vector<float> bias;     // [rows] or empty
     bool present() const { return coded >= 0 || !f32.empty() || !bf16.empty(); }
 };
 
@@ -37,7 +37,8 @@ struct Piece {
 
 class Executor {
   public:
-    // `chunk`: most tokens that are computed at once; it bounds the activations. Throws ModelError, UsageError.
+    // `chunk`: most tokens that are computed at once; it bounds the activations. Throws ModelError,
+    // UsageError.
     Executor(ModelSpec model, int threads, const std::string& isa, int chunk);
     ~Executor();
 
@@ -56,9 +57,10 @@ class Executor {
     const char* isa() const { return kernels_->name; }
     int threads() const { return pool_.size(); }
 
-    // Appends the tokens of the pieces, one after the other in `tokens`, and writes the wanted logits, [rows][vocab].
-    // A sequence gets the same bits whatever else is in the step, however it is cut into steps, with any threads.
-    // Throws EngineError or UsageError before anything has changed.
+    // Appends the tokens of the pieces, one after the other in `tokens`, and writes the wanted
+    // logits, [rows][vocab]. A sequence gets the same bits whatever else is in the step, however it
+    // is cut into steps, with any threads. Throws EngineError or UsageError before anything has
+    // changed.
     void step(const std::vector<Piece>& pieces, const int32_t* tokens, float* logits);
     // Rows of logits that a step with these pieces gives.
     static size_t logit_rows(const std::vector<Piece>& pieces);

@@ -95,8 +95,8 @@ void KvCache::extend(int sequence, int tokens) {
 uint16_t* KvCache::keys(int sequence, int page, int layer, int head) const {
     const Sequence& s = sequences_[static_cast<size_t>(sequence)];
     const size_t at = static_cast<size_t>(layer * kv_heads_ + head) * head_halves_;
-    uint8_t* base = arena_.data() +
-                    page_bytes_ * static_cast<uint64_t>(s.pages[static_cast<size_t>(page)]);
+    uint8_t* base =
+        arena_.data() + page_bytes_ * static_cast<uint64_t>(s.pages[static_cast<size_t>(page)]);
     return reinterpret_cast<uint16_t*>(base) + at;
 }
 
@@ -105,8 +105,7 @@ uint16_t* KvCache::values(int sequence, int page, int layer, int head) const {
 }
 
 uint64_t KvCache::touched_bytes() const {
-    return page_bytes_ *
-           static_cast<uint64_t>(std::count(touched_.begin(), touched_.end(), true));
+    return page_bytes_ * static_cast<uint64_t>(std::count(touched_.begin(), touched_.end(), true));
 }
 
 uint64_t KvCache::trim() {

@@ -26,7 +26,8 @@ class KvCache {
     // Makes room for `tokens` more tokens; the caller has checked pages_needed against pages_free.
     void extend(int sequence, int tokens);
 
-    // The halves of a page of one layer and KV head: K is [head_dim][kPageTokens], V [kPageTokens][value_stride].
+    // The halves of a page of one layer and KV head: K is [head_dim][kPageTokens], V
+    // [kPageTokens][value_stride].
     uint16_t* keys(int sequence, int page, int layer, int head) const;
     uint16_t* values(int sequence, int page, int layer, int head) const;
     int value_stride() const { return value_stride_; }

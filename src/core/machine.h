@@ -6,7 +6,8 @@
 
 namespace pliant {
 
-// Processors that this process may really use: its affinity and the CPU quota of its cgroup (v1 or v2), at least 1.
+// Processors that this process may really use: its affinity and the CPU quota of its cgroup (v1 or
+// v2), at least 1.
 int usable_cpus();
 
 struct Resident {
@@ -14,7 +15,8 @@ struct Resident {
 };
 Resident resident();
 
-// Bytes per second of reading `mebibytes` of anonymous memory with `threads` threads: the best of `repeats`.
+// Bytes per second of reading `mebibytes` of anonymous memory with `threads` threads: the best of
+// `repeats`.
 double read_bandwidth(size_t mebibytes, int threads, int repeats);
 
 }  // namespace pliant

@@ -1,6 +1,6 @@
-// One step of the decoder, as one parallel region: every thread walks through all layers and meets the others at
-// barriers. Work is divided by rows of matrices, by tokens, or by heads; every number is computed by one thread, in an
-// order that depends on nothing but its own sequence.
+// One step of the decoder, as one parallel region: every thread walks through all layers and meets
+// the others at barriers. Work is divided by rows of matrices, by tokens, or by heads; every number
+// is computed by one thread, in an order that depends on nothing but its own sequence.
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -90,18 +90,21 @@ void Executor::compute(const Batch& batch, float* logits) {
     Buffers& b = *buffers_;
     const int tokens = batch.size(), threads = pool_.size();
     const int group_size = m.heads / m.kv_heads, half = m.head_dim / 2;
-    const bool post_norms = !layers_.front().attn_post_norm.empty() ||
-                            !layers_.front().ffn_post_norm.empty();
-    // With fewer tokens than threads each thread prepares inputs for itself: cheaper than one more barrier.
+    const bool post_norms =
+        !layers_.front().attn_post_norm.empty() || !layers_.front().ffn_post_norm.empty();
+    // With fewer tokens than threads each thread prepares inputs for itself: cheaper than one more
+    // barrier.
     const bool alone = tokens == 1 && threads > 1 && !post_norms;
     const Linear& head = m.tied ? embed_ : head_;
     std::vector<int> wanted;
     for (int t = 0; t < tokens; ++t)
         if (batch.tokens[static_cast<size_t>(t)].row >= 0) wanted.push_back(t);
 
-    // Attention is cut into tasks of neighbouring queries that share a KV head: as large as 8, smaller when few.
+    // Attention is cut into tasks of neighbouring queries that share a KV head: as large as 8,
+    // smaller when few.
     int per_task = kMaxQueries;
-    while (per_task > 1 && m.kv_heads * ((tokens * group_size + per_task - 1) / per_task) < 2 * threads)
+    while (per_task > 1 &&
+           m.kv_heads * ((tokens * group_size + per_task - 1) / per_task) < 2 * threads)
         per_task = (per_task + 1) / 2;
     struct Task {
         int kv_head, first, last;  // queries: token · group_size + head in the group
@@ -150,12 +153,13 @@ void Executor::compute(const Batch& batch, float* logits) {
                 const Prepared prepared = in.prepared(matrix.groups);
                 for (const CodedBlock& block : matrix.blocks) {
                     const int first = std::max(tiles.first - block.first / kSupertile, 0);
-                    const int last = std::min(tiles.last - block.first / kSupertile,
-                                              block.padded / kSupertile);
+                    const int last =
+                        std::min(tiles.last - block.first / kSupertile, block.padded / kSupertile);
                     if (first >= last) continue;
                     kernels.coded_product({&block, &weights.levels, &prepared, count, first, last,
                                            out.data.data() + block.first + first * kSupertile,
-                                           out.stride, b.scratch[static_cast<size_t>(self)].data()});
+                                           out.stride,
+                                           b.scratch[static_cast<size_t>(self)].data()});
                 }
             } else {
                 const bool bf16 = !linear.bf16.empty();
@@ -203,8 +207,7 @@ void Executor::compute(const Batch& batch, float* logits) {
                 kernels.coded_row(*block, weights.levels, row - block->first,
                                   weights.order(matrix.input).data(), m.hidden, h);
             } else {
-                const size_t row =
-                    static_cast<size_t>(token.id) * static_cast<size_t>(m.hidden);
+                const size_t row = static_cast<size_t>(token.id) * static_cast<size_t>(m.hidden);
                 for (int i = 0; i < m.hidden; ++i)
                     h[i] = embed_.bf16.empty()
                                ? embed_.f32[row + static_cast<size_t>(i)]
@@ -212,9 +215,8 @@ void Executor::compute(const Batch& batch, float* logits) {
             }
             for (int i = 0; i < m.hidden; ++i) h[i] *= m.embed_scale;
             for (size_t r = 0; r < m.ropes.size(); ++r) {
-                const size_t table =
-                    (r * static_cast<size_t>(tokens) + static_cast<size_t>(t)) *
-                    static_cast<size_t>(half);
+                const size_t table = (r * static_cast<size_t>(tokens) + static_cast<size_t>(t)) *
+                                     static_cast<size_t>(half);
                 for (int i = 0; i < half; ++i) {
                     const float angle = static_cast<float>(token.position) *
                                         m.ropes[r].inv_freq[static_cast<size_t>(i)];
@@ -267,15 +269,15 @@ void Executor::compute(const Batch& batch, float* logits) {
                 kernels.to_half(k, m.head_dim, coded);
                 uint16_t* keys = kv.keys(token.sequence, page, l, head_index);
                 for (int i = 0; i < m.head_dim; ++i) keys[i * kPageTokens + slot] = coded[i];
-                kernels.to_half(b.v.row(t) + head_index * m.head_dim, m.head_dim,
-                                kv.values(token.sequence, page, l, head_index) +
-                                    slot * kv.value_stride());
+                kernels.to_half(
+                    b.v.row(t) + head_index * m.head_dim, m.head_dim,
+                    kv.values(token.sequence, page, l, head_index) + slot * kv.value_stride());
             }
             sync();
 
             alignas(64) float out[kMaxQueries][kMaxHeadDim];
-            for (size_t i = 0; (i = static_cast<size_t>(next_task[static_cast<size_t>(l)]++)) <
-                               tasks.size();) {
+            for (size_t i = 0;
+                 (i = static_cast<size_t>(next_task[static_cast<size_t>(l)]++)) < tasks.size();) {
                 const Task& task = tasks[i];
                 const float* queries[kMaxQueries];
                 float* outs[kMaxQueries];
@@ -344,7 +346,8 @@ void Executor::compute(const Batch& batch, float* logits) {
             }
         }
 
-        // Logits, only of the tokens for which they are wanted: gathered to the front of the inputs.
+        // Logits, only of the tokens for which they are wanted: gathered to the front of the
+        // inputs.
         if (wanted.empty()) return;
         const int rows = static_cast<int>(wanted.size());
         const bool own_inputs = alone && rows == 1;
@@ -383,8 +386,8 @@ void Executor::compute(const Batch& batch, float* logits) {
             const uint32_t* order = matrix.row_order.empty() ? nullptr : matrix.row_order.data();
             for (const CodedBlock& block : matrix.blocks) {
                 const int begin = std::max(tiles.first - block.first / kSupertile, 0);
-                const int end = std::min(tiles.last - block.first / kSupertile,
-                                         block.padded / kSupertile);
+                const int end =
+                    std::min(tiles.last - block.first / kSupertile, block.padded / kSupertile);
                 for (int s = begin; s < end; s += kHeadRows / kSupertile) {
                     const int stop = std::min(s + kHeadRows / kSupertile, end);
                     kernels.coded_product({&block, &weights.levels, &prepared, rows, s, stop, piece,

@@ -14,8 +14,8 @@ inline void pause() {
 #endif
 }
 
-// Waits until `value` is no longer `old`: spins for some tens of microseconds, the usual distance of two barriers,
-// then sleeps in the kernel.
+// Waits until `value` is no longer `old`: spins for some tens of microseconds, the usual distance
+// of two barriers, then sleeps in the kernel.
 void wait_while(std::atomic<uint32_t>& value, uint32_t old) {
     for (int i = 0; i < 2000; ++i) {
         if (value.load(std::memory_order_acquire) != old) return;

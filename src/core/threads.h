@@ -17,8 +17,8 @@ class ThreadPool {
 
     int size() const { return size_; }
 
-    // Runs job(0) here and job(1) … job(size - 1) on the workers; returns when all have returned. The job must not
-    // throw. Only one thread may call this at a time.
+    // Runs job(0) here and job(1) … job(size - 1) on the workers; returns when all have returned.
+    // The job must not throw. Only one thread may call this at a time.
     void run(const std::function<void(int)>& job);
 
     // Inside a job: waits until all threads have come here.

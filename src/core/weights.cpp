@@ -118,11 +118,13 @@ void Weights::set_ladder(std::vector<uint32_t> units, const std::vector<uint32_t
     for (size_t rung = 0; rung < rung_plies.size(); ++rung) {
         uint64_t at = rung_begin_[rung];
         for (uint32_t i = 0; i < rung_plies[rung]; ++i, ++ply) {
-            if (ply >= ladder_.size()) throw FormatError("the rungs have more plies than the ladder");
+            if (ply >= ladder_.size())
+                throw FormatError("the rungs have more plies than the ladder");
             const uint32_t id = ladder_[ply];
             if (id >= units_.size() || bits[id] >= kMaxDepth)
                 throw FormatError("the ladder names unit " + std::to_string(id) + " of " +
-                                  std::to_string(units_.size()) + " too often, or it does not exist");
+                                  std::to_string(units_.size()) +
+                                  " too often, or it does not exist");
             const Unit& unit = units_[id];
             CodedBlock& block =
                 matrices_[static_cast<size_t>(unit.matrix)].blocks[static_cast<size_t>(unit.block)];
@@ -152,9 +154,7 @@ std::vector<uint8_t> Weights::depths() const {
     return depths;
 }
 
-uint64_t Weights::arena_bytes() const {
-    return rung_begin_.empty() ? 0 : rung_begin_[static_cast<size_t>(read_)];
-}
+uint64_t Weights::arena_bytes() const { return rung_begin_[static_cast<size_t>(read_)]; }
 
 uint64_t Weights::table_bytes() const {
     uint64_t bytes = units_.capacity() * sizeof(Unit) + ladder_.capacity() * 4 +
@@ -210,8 +210,8 @@ void Weights::read(const std::vector<RungSource>& sources, int threads) {
 
 void Weights::publish(int rungs) {
     if (rungs < 0 || rungs > read_)
-        throw UsageError("cannot publish " + std::to_string(rungs) + " rungs: " +
-                         std::to_string(read_) + " are in memory");
+        throw UsageError("cannot publish " + std::to_string(rungs) +
+                         " rungs: " + std::to_string(read_) + " are in memory");
     for (CodedMatrix& matrix : matrices_)
         for (CodedBlock& block : matrix.blocks)
             std::fill(block.depth.begin(), block.depth.end(), uint8_t{0});

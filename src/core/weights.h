@@ -20,8 +20,8 @@ struct RungSource {
     uint32_t crc;
 };
 
-// Every rung has a fixed place in one arena, in ladder order, so the resident rungs are always its beginning: growing
-// appends, shrinking cuts off, and nothing is ever moved or fragmented.
+// Every rung has a fixed place in one arena, in ladder order, so the resident rungs are always its
+// beginning: growing appends, shrinking cuts off, and nothing is ever moved or fragmented.
 class Weights {
   public:
     // Building, in this order: levels, matrices in manifest order, the ladder.
@@ -39,7 +39,7 @@ class Weights {
     // Does any matrix with this input have a group of at least kWideDepth now?
     bool wide(int input) const { return wide_[static_cast<size_t>(input)]; }
 
-    int rungs() const { return static_cast<int>(rung_begin_.size()) - 1; }
+    int rungs() const { return static_cast<int>(rung_end_ply_.size()); }
     int read_rungs() const { return read_; }            // in memory
     int published_rungs() const { return published_; }  // in use
     uint64_t rung_bytes(int first, int last) const {
@@ -49,10 +49,11 @@ class Weights {
     uint64_t arena_bytes() const;         // touched by the rungs that were read
     uint64_t table_bytes() const;         // pointers, orders, scales
 
-    // Appends rungs: reads them with up to `threads` threads and checks them. All or nothing; may run beside steps.
-    // Throws ChecksumError, UsageError, or std::system_error for a failed read.
+    // Appends rungs: reads them with up to `threads` threads and checks them. All or nothing; may
+    // run beside steps. Throws ChecksumError, UsageError, or std::system_error for a failed read.
     void read(const std::vector<RungSource>& sources, int threads);
-    // Makes the kernels use exactly the first `rungs` rungs, and gives the memory of the rest back. Not beside steps.
+    // Makes the kernels use exactly the first `rungs` rungs, and gives the memory of the rest back.
+    // Not beside steps.
     void publish(int rungs);
 
   private:
@@ -64,8 +65,8 @@ class Weights {
     std::vector<bool> wide_;
     std::vector<Unit> units_;
     std::vector<uint32_t> ladder_;
-    std::vector<size_t> rung_end_ply_;   // plies up to and with each rung
-    std::vector<uint64_t> rung_begin_;   // offsets in the arena, one more than rungs
+    std::vector<size_t> rung_end_ply_;     // plies up to and with each rung
+    std::vector<uint64_t> rung_begin_{0};  // offsets in the arena, one more than rungs
     Arena arena_;
     int read_ = 0, published_ = 0;
 };

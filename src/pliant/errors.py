@@ -35,7 +35,7 @@ class PliantError(Exception):
 
 
 class UsageError(PliantError):
-    """The caller asked for something that has no meaning: an argument is wrong or contradicts another."""
+    """An argument is wrong, has no meaning, or contradicts another."""
 
 
 class SourceError(PliantError):

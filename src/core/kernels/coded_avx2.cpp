@@ -1,5 +1,6 @@
-// Products with coded matrices for AVX2: a group of a supertile is decoded to signed bytes, then multiplied with all
-// tokens. vpmaddubsw wants one unsigned factor, so the sign of the input moves to the weight.
+// Products with coded matrices for AVX2: a group of a supertile is decoded to signed bytes, then
+// multiplied with all tokens. vpmaddubsw wants one unsigned factor, so the sign of the input moves
+// to the weight.
 #include <immintrin.h>
 
 #include "ops.h"
@@ -22,8 +23,8 @@ PLIANT_INLINE __m256i left(__m256i a) {  // by S bits inside bytes, garbage in t
         return _mm256_srli_epi16(a, -S);
 }
 
-// Brings the bits of one to four plies together: the low nibbles of out[j] are from bit j of the bytes, the high ones
-// from bit j + 4, ply 1 on top; bits of plies that are not there are garbage.
+// Brings the bits of one to four plies together: the low nibbles of out[j] are from bit j of the
+// bytes, the high ones from bit j + 4, ply 1 on top; bits of plies that are not there are garbage.
 template <int Count>
 PLIANT_INLINE void nibbles(const __m256i* v, __m256i* out) {
     const __m256i odd_bits = bytes(0xAA), pair_bits = bytes(0xCC);
@@ -43,7 +44,8 @@ PLIANT_INLINE void nibbles(const __m256i* v, __m256i* out) {
     out[3] = select(pair_bits, odd, left<-2>(odd2));
 }
 
-// The collected bits (see LevelTables) of 8 rows × 32 columns, split in nibbles: out[j] has columns 4 j … 4 j + 3.
+// The collected bits (see LevelTables) of 8 rows × 32 columns, split in nibbles: out[j] has columns
+// 4 j … 4 j + 3.
 template <int N>
 PLIANT_INLINE void collect(const uint8_t* const* planes, size_t offset, __m256i* lower,
                            __m256i* upper) {
@@ -81,8 +83,8 @@ PLIANT_INLINE __m256i look_up(const int8_t* table, __m256i lower, __m256i upper)
     constexpr int parts = N == 5 ? 2 : N == 6 ? 4 : 16, step = N == 7 ? 2 : 1;
     __m256i result = _mm256_setzero_si256();
     for (int k = 0; k < parts; k += step)
-        result = _mm256_or_si256(
-            result, _mm256_and_si256(_mm256_cmpeq_epi8(upper, bytes(k)), part(k)));
+        result =
+            _mm256_or_si256(result, _mm256_and_si256(_mm256_cmpeq_epi8(upper, bytes(k)), part(k)));
     return result;
 }
 
@@ -131,7 +133,8 @@ void tokens_block(const CodedProduct& p, int g, int first, int part, const int8_
         if constexpr (N >= kWideDepth)
             l = _mm256_load_si256(reinterpret_cast<const __m256i*>(wl + at));
         for (int t = 0; t < T; ++t) {
-            const size_t x_at = (at_x + static_cast<size_t>(t)) * kGroup + static_cast<size_t>(4 * q);
+            const size_t x_at =
+                (at_x + static_cast<size_t>(t)) * kGroup + static_cast<size_t>(4 * q);
             const __m256i x = broadcast(p.x->hi + x_at);
             top[t] = dot(top[t], w, x);
             if constexpr (N >= kWideDepth) {
@@ -142,8 +145,7 @@ void tokens_block(const CodedProduct& p, int g, int first, int part, const int8_
     }
     for (int t = 0; t < T; ++t) {
         const size_t at = at_x + static_cast<size_t>(t);
-        const float factor =
-            (p.x->scale[at] * p.block->group_scale[g]) * p.levels->scale[N];
+        const float factor = (p.x->scale[at] * p.block->group_scale[g]) * p.levels->scale[N];
         float* sum = sums + (first + t) * kSupertile + part * 8;
         __m256 value = _mm256_cvtepi32_ps(top[t]);
         if constexpr (N >= kWideDepth)
@@ -155,8 +157,7 @@ void tokens_block(const CodedProduct& p, int g, int first, int part, const int8_
 }
 
 template <int N>
-void run_tokens(const CodedProduct& p, const Run& run, int s, int8_t* wh, int8_t* wl,
-                float* sums) {
+void run_tokens(const CodedProduct& p, const Run& run, int s, int8_t* wh, int8_t* wl, float* sums) {
     const CodedBlock& block = *p.block;
     const size_t tile = static_cast<size_t>(s);
     for (int g = run.first; g < run.first + run.count; ++g) {
@@ -177,8 +178,7 @@ void run_tokens(const CodedProduct& p, const Run& run, int s, int8_t* wh, int8_t
             }
             const __m256 step = _mm256_load_ps(steps);
             int t = 0;
-            for (; t + 4 <= p.tokens; t += 4)
-                tokens_block<N, 4>(p, g, t, part, wh, wl, step, sums);
+            for (; t + 4 <= p.tokens; t += 4) tokens_block<N, 4>(p, g, t, part, wh, wl, step, sums);
             for (; t < p.tokens; ++t) tokens_block<N, 1>(p, g, t, part, wh, wl, step, sums);
         }
     }
@@ -194,14 +194,30 @@ void coded_product(const CodedProduct& p) {
         for (int i = 0; i < p.tokens * kSupertile; ++i) sums[i] = 0.0f;
         for (const Run& run : p.block->runs) {
             switch (run.depth) {
-                case 1: run_tokens<1>(p, run, s, wh, wl, sums); break;
-                case 2: run_tokens<2>(p, run, s, wh, wl, sums); break;
-                case 3: run_tokens<3>(p, run, s, wh, wl, sums); break;
-                case 4: run_tokens<4>(p, run, s, wh, wl, sums); break;
-                case 5: run_tokens<5>(p, run, s, wh, wl, sums); break;
-                case 6: run_tokens<6>(p, run, s, wh, wl, sums); break;
-                case 7: run_tokens<7>(p, run, s, wh, wl, sums); break;
-                default: run_tokens<8>(p, run, s, wh, wl, sums); break;
+                case 1:
+                    run_tokens<1>(p, run, s, wh, wl, sums);
+                    break;
+                case 2:
+                    run_tokens<2>(p, run, s, wh, wl, sums);
+                    break;
+                case 3:
+                    run_tokens<3>(p, run, s, wh, wl, sums);
+                    break;
+                case 4:
+                    run_tokens<4>(p, run, s, wh, wl, sums);
+                    break;
+                case 5:
+                    run_tokens<5>(p, run, s, wh, wl, sums);
+                    break;
+                case 6:
+                    run_tokens<6>(p, run, s, wh, wl, sums);
+                    break;
+                case 7:
+                    run_tokens<7>(p, run, s, wh, wl, sums);
+                    break;
+                default:
+                    run_tokens<8>(p, run, s, wh, wl, sums);
+                    break;
             }
         }
         const float* scale = p.block->row_scale + s * kSupertile;

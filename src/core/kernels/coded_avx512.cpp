@@ -1,7 +1,8 @@
 // Products with coded matrices for AVX-512 with VNNI and VBMI.
 //
-// Bits are brought together with shifts and ternary logic, looked up with byte permutes as unsigned level + 128, and
-// multiplied with vpdpbusd; lanes are rows. The 128 is taken out again through the sum of the inputs.
+// Bits are brought together with shifts and ternary logic, looked up with byte permutes as unsigned
+// level + 128, and multiplied with vpdpbusd; lanes are rows. The 128 is taken out again through the
+// sum of the inputs.
 #include <immintrin.h>
 
 #include <utility>
@@ -15,13 +16,12 @@ namespace {
 #define PLIANT_INLINE inline __attribute__((always_inline))
 #define PLIANT_LAMBDA __attribute__((always_inline))
 
-// Calls f<0>() … f<N - 1>(). With constant indices arrays of vectors become registers; a loop, even an unrolled one,
-// leaves them in memory.
+// Calls f<0>() … f<N - 1>(). With constant indices arrays of vectors become registers; a loop, even
+// an unrolled one, leaves them in memory.
 template <int N, typename F>
 PLIANT_INLINE void repeat(F&& f) {
-    [&]<int... I>(std::integer_sequence<int, I...>) PLIANT_LAMBDA {
-        (f.template operator()<I>(), ...);
-    }(std::make_integer_sequence<int, N>{});
+    [&]<int... I>(std::integer_sequence<int, I...>)
+        PLIANT_LAMBDA { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, N>{});
 }
 
 // Where the mask has a bit the bit of a, elsewhere that of b.
@@ -37,8 +37,8 @@ PLIANT_INLINE __m512i left(__m512i a) {  // by S bits inside bytes, garbage in t
         return _mm512_srli_epi16(a, -S);
 }
 
-// Brings the bits of one to four plies together: the low nibbles of out[j] are from bit j of the bytes, the high ones
-// from bit j + 4, ply 1 on top; bits of plies that are not there are garbage.
+// Brings the bits of one to four plies together: the low nibbles of out[j] are from bit j of the
+// bytes, the high ones from bit j + 4, ply 1 on top; bits of plies that are not there are garbage.
 template <int Count>
 PLIANT_INLINE void nibbles(const __m512i* v, __m512i* out) {
     const __m512i odd_bits = bytes(0xAA), pair_bits = bytes(0xCC);
@@ -71,7 +71,8 @@ PLIANT_INLINE void nibbles(const __m512i* v, __m512i* out) {
     }
 }
 
-// The collected bits (see LevelTables) of 16 rows × 32 columns: out[j] has columns 4 j … 4 j + 3 of each row.
+// The collected bits (see LevelTables) of 16 rows × 32 columns: out[j] has columns 4 j … 4 j + 3 of
+// each row.
 template <int N>
 PLIANT_INLINE void collect(const uint8_t* const* planes, size_t offset, __m512i* out) {
     __m512i v[N];
@@ -208,7 +209,8 @@ void run_vector(const CodedProduct& p, const Run& run) {
     }
 }
 
-// Many tokens: a group of a supertile is decoded once into `wh` (and `wl`), [16 quads][2 tiles][64] bytes.
+// Many tokens: a group of a supertile is decoded once into `wh` (and `wl`), [16 quads][2 tiles][64]
+// bytes.
 template <int N>
 PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi, const Table<N>& lo,
                           uint8_t* wh, uint8_t* wl) {
@@ -296,12 +298,23 @@ void run_tokens(const CodedProduct& p, const Run& run, int s, uint8_t* wh, uint8
                 t += 6;
             }
         switch (p.tokens - t) {
-            case 1: tokens_block<N, 1>(p, g, t, wh, wl, step, sums); break;
-            case 2: tokens_block<N, 2>(p, g, t, wh, wl, step, sums); break;
-            case 3: tokens_block<N, 3>(p, g, t, wh, wl, step, sums); break;
-            case 4: tokens_block<N, 4>(p, g, t, wh, wl, step, sums); break;
-            case 5: tokens_block<N, 5>(p, g, t, wh, wl, step, sums); break;
-            default: break;
+            case 1:
+                tokens_block<N, 1>(p, g, t, wh, wl, step, sums);
+                break;
+            case 2:
+                tokens_block<N, 2>(p, g, t, wh, wl, step, sums);
+                break;
+            case 3:
+                tokens_block<N, 3>(p, g, t, wh, wl, step, sums);
+                break;
+            case 4:
+                tokens_block<N, 4>(p, g, t, wh, wl, step, sums);
+                break;
+            case 5:
+                tokens_block<N, 5>(p, g, t, wh, wl, step, sums);
+                break;
+            default:
+                break;
         }
     }
 }
@@ -309,15 +322,24 @@ void run_tokens(const CodedProduct& p, const Run& run, int s, uint8_t* wh, uint8
 template <typename F>
 PLIANT_INLINE void with_depth(int depth, F&& f) {
     switch (depth) {
-        case 1: return f.template operator()<1>();
-        case 2: return f.template operator()<2>();
-        case 3: return f.template operator()<3>();
-        case 4: return f.template operator()<4>();
-        case 5: return f.template operator()<5>();
-        case 6: return f.template operator()<6>();
-        case 7: return f.template operator()<7>();
-        case 8: return f.template operator()<8>();
-        default: return;
+        case 1:
+            return f.template operator()<1>();
+        case 2:
+            return f.template operator()<2>();
+        case 3:
+            return f.template operator()<3>();
+        case 4:
+            return f.template operator()<4>();
+        case 5:
+            return f.template operator()<5>();
+        case 6:
+            return f.template operator()<6>();
+        case 7:
+            return f.template operator()<7>();
+        case 8:
+            return f.template operator()<8>();
+        default:
+            return;
     }
 }
 
@@ -333,8 +355,8 @@ void coded_product(const CodedProduct& p) {
         for (const Run& run : block.runs)
             with_depth(run.depth, [&]<int N>() { run_vector<N>(p, run); });
         for (int r = 0; r < rows; r += 16)
-            _mm512_storeu_ps(out + r, _mm512_mul_ps(_mm512_loadu_ps(out + r),
-                                                    _mm512_loadu_ps(scale + r)));
+            _mm512_storeu_ps(out + r,
+                             _mm512_mul_ps(_mm512_loadu_ps(out + r), _mm512_loadu_ps(scale + r)));
         return;
     }
     uint8_t* wh = p.scratch;

@@ -1,4 +1,5 @@
-// Products with coded matrices in plain C++: the definition that the other kernels are held to, bit for bit.
+// Products with coded matrices in plain C++: the definition that the other kernels are held to, bit
+// for bit.
 #include <cmath>
 
 #include "ops.h"
@@ -66,8 +67,7 @@ void coded_product(const CodedProduct& p) {
                                 middle += hi[r][c] * xl[c] + lo[r][c] * xh[c];
                             value = std::fmaf(static_cast<float>(middle), 1.0f / 256.0f, value);
                         }
-                        const float step =
-                            p.levels->steps[scale_code(block.codes[group], tile, r)];
+                        const float step = p.levels->steps[scale_code(block.codes[group], tile, r)];
                         out[r] = std::fmaf(value * step, factor, out[r]);
                     }
                 }

@@ -77,8 +77,8 @@ const Kernels& select_kernels(const std::string& name) {
         if (kernels != nullptr && (name == "auto" || name == kernels->name)) return *kernels;
     std::string known;
     for (const std::string& isa : usable_isas()) known += (known.empty() ? "" : ", ") + isa;
-    throw UsageError("no kernels for the instruction set '" + name + "' on this machine; it has: " +
-                     known);
+    throw UsageError("no kernels for the instruction set '" + name +
+                     "' on this machine; it has: " + known);
 }
 
 }  // namespace pliant

@@ -1,7 +1,9 @@
-// The interface of the compute kernels. Each instruction set fills the table; all give the same bits.
+// The interface of the compute kernels. Each instruction set fills the table; all give the same
+// bits.
 //
-// Law of exactness: integer products are exact, and every floating-point operation is one IEEE operation in an order
-// that does not depend on the instruction set, the number of tokens, or the number of threads.
+// Law of exactness: integer products are exact, and every floating-point operation is one IEEE
+// operation in an order that does not depend on the instruction set, the number of tokens, or the
+// number of threads.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +22,10 @@ struct CodedProduct {
     const LevelTables* levels;
     const Prepared* x;
     int tokens;
-    int first, last;    // supertiles
-    float* out;         // [tokens][stride]; index 0 is the first row of supertile `first`
+    int first, last;  // supertiles
+    float* out;       // [tokens][stride]; index 0 is the first row of supertile `first`
     size_t stride;
-    uint8_t* scratch;   // kScratchBytes, one for each thread, aligned to 64
+    uint8_t* scratch;  // kScratchBytes, one for each thread, aligned to 64
 };
 
 constexpr int kMaxTokens = 128;  // most tokens of one product
@@ -34,26 +36,27 @@ struct PlainProduct {
     const void* weight;  // [rows][columns]
     bool bf16;
     int columns;
-    const float* x;      // [tokens][x_stride]
+    const float* x;  // [tokens][x_stride]
     size_t x_stride;
     int tokens;
     int first, last;
-    float* out;          // [tokens][stride]; index 0 is row `first`
+    float* out;  // [tokens][stride]; index 0 is row `first`
     size_t stride;
 };
 
-// Attention of the queries of some tokens and heads that share one KV head, over the positions of one sequence.
-// K of a page is [head_dim][kPageTokens], V is [kPageTokens][head_dim], both IEEE half precision.
+// Attention of the queries of some tokens and heads that share one KV head, over the positions of
+// one sequence. K of a page is [head_dim][kPageTokens], V is [kPageTokens][head_dim], both IEEE
+// half precision.
 struct Attention {
     int head_dim;
-    int queries;                   // at most kMaxQueries
-    const float* const* q;         // [queries] -> [head_dim], already scaled
-    const int* position;           // [queries]: a query sees positions <= its own …
-    int window;                    // … and > position - window if window > 0
-    const uint16_t* const* k;      // [pages] -> K of this layer and KV head
-    const uint16_t* const* v;      // [pages]
-    float softcap;                 // 0: none
-    float* const* out;             // [queries] -> [head_dim]
+    int queries;               // at most kMaxQueries
+    const float* const* q;     // [queries] -> [head_dim], already scaled
+    const int* position;       // [queries]: a query sees positions <= its own …
+    int window;                // … and > position - window if window > 0
+    const uint16_t* const* k;  // [pages] -> K of this layer and KV head
+    const uint16_t* const* v;  // [pages]
+    float softcap;             // 0: none
+    float* const* out;         // [queries] -> [head_dim]
 };
 
 constexpr int kMaxQueries = 8;
@@ -83,7 +86,7 @@ struct Kernels {
 };
 
 const Kernels& plain_kernels();
-const Kernels* avx2_kernels();    // null if not compiled for this machine or not supported by it
+const Kernels* avx2_kernels();  // null if not compiled for this machine or not supported by it
 const Kernels* avx512_kernels();
 
 // The usable instruction sets, best first.

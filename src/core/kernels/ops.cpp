@@ -1,4 +1,5 @@
-// Everything but the product with coded matrices. Compiled once for each instruction set (see simd.h).
+// Everything but the product with coded matrices. Compiled once for each instruction set (see
+// simd.h).
 #include "ops.h"
 
 #include <algorithm>
@@ -28,7 +29,8 @@ void prepare(const float* x, const uint16_t* order, int columns, bool wide, Prep
         for (int c = 0; c < count; ++c) in[c] = x[order[first + c]];
         for (int c = count; c < kGroup; ++c) in[c] = 0.0f;
 
-        // H = H4 ⊗ H16, in natural order: strides 1, 2, 4, 8 inside a vector, then 16 and 32 between them.
+        // H = H4 ⊗ H16, in natural order: strides 1, 2, 4, 8 inside a vector, then 16 and 32
+        // between them.
         V v[4];
         for (int i = 0; i < 4; ++i)
             v[i] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(in + 16 * i)))));
@@ -89,7 +91,8 @@ void plain_rows(const PlainProduct& p) {
                 total = fma(load_weight<BF16>(p.weight, row + static_cast<size_t>(i), n),
                             load_n(x + i, n), total);
             });
-            p.out[static_cast<size_t>(t) * p.stride + static_cast<size_t>(r - p.first)] = sum(total);
+            p.out[static_cast<size_t>(t) * p.stride + static_cast<size_t>(r - p.first)] =
+                sum(total);
         }
 }
 
@@ -145,8 +148,8 @@ void gate(const float* g, const float* up, int n, Activation activation, float* 
 
 void softcap(float* x, int n, float cap) {
     const V c = set1(cap);
-    each_vector(
-        n, [&](int i, int k) { store_n(x + i, mul(c, tanh(div(load_n(x + i, k), c))), k); });
+    each_vector(n,
+                [&](int i, int k) { store_n(x + i, mul(c, tanh(div(load_n(x + i, k), c))), k); });
 }
 
 void to_half(const float* x, int n, uint16_t* out) {
@@ -158,9 +161,10 @@ void to_half(const float* x, int n, uint16_t* out) {
     });
 }
 
-// Softmax over pages as they come (Milakov and Gimelshein 2018): the largest score so far, the sum, and the
-// weighted values are kept and rescaled when a larger score appears. The blocks are whole pages counted from the
-// beginning of the sequence, so a query gets the same bits however its neighbours are grouped.
+// Softmax over pages as they come (Milakov and Gimelshein 2018): the largest score so far, the sum,
+// and the weighted values are kept and rescaled when a larger score appears. The blocks are whole
+// pages counted from the beginning of the sequence, so a query gets the same bits however its
+// neighbours are grouped.
 template <int Q>
 void attend_some(const Attention& a) {
     const int dims = a.head_dim, padded = (dims + kLanes - 1) / kLanes * kLanes;
@@ -235,14 +239,22 @@ void attend_some(const Attention& a) {
 
 void attend(const Attention& a) {
     switch (a.queries) {
-        case 1: return attend_some<1>(a);
-        case 2: return attend_some<2>(a);
-        case 3: return attend_some<3>(a);
-        case 4: return attend_some<4>(a);
-        case 5: return attend_some<5>(a);
-        case 6: return attend_some<6>(a);
-        case 7: return attend_some<7>(a);
-        default: return attend_some<8>(a);
+        case 1:
+            return attend_some<1>(a);
+        case 2:
+            return attend_some<2>(a);
+        case 3:
+            return attend_some<3>(a);
+        case 4:
+            return attend_some<4>(a);
+        case 5:
+            return attend_some<5>(a);
+        case 6:
+            return attend_some<6>(a);
+        case 7:
+            return attend_some<7>(a);
+        default:
+            return attend_some<8>(a);
     }
 }
 

@@ -1,5 +1,5 @@
-// Sixteen floats at a time, for the instruction set that this file is compiled for. Every function is the same IEEE
-// operation in each of them, so kernels built on it give the same bits everywhere.
+// Sixteen floats at a time, for the instruction set that this file is compiled for. Every function
+// is the same IEEE operation in each of them, so kernels built on it give the same bits everywhere.
 #pragma once
 
 #include <cmath>
@@ -175,7 +175,8 @@ inline V sub(const V& a, const V& b) { PLIANT_EACH(a.f[i] - b.f[i]); }
 inline V mul(const V& a, const V& b) { PLIANT_EACH(a.f[i] * b.f[i]); }
 inline V div(const V& a, const V& b) { PLIANT_EACH(a.f[i] / b.f[i]); }
 inline V fma(const V& a, const V& b, const V& c) { PLIANT_EACH(std::fmaf(a.f[i], b.f[i], c.f[i])); }
-// The order of operands is that of the vector instructions: the second one where they do not compare.
+// The order of operands is that of the vector instructions: the second one where they do not
+// compare.
 inline V max(const V& a, const V& b) { PLIANT_EACH(a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
 inline V min(const V& a, const V& b) { PLIANT_EACH(a.f[i] < b.f[i] ? a.f[i] : b.f[i]); }
 inline V round(const V& a) { PLIANT_EACH(std::nearbyintf(a.f[i])); }
@@ -260,8 +261,9 @@ inline float largest(V a) {
     return m;
 }
 
-// e^x to about 2 ulp: 2^n · e^r with |r| <= ln 2 / 2, and a polynomial of degree 6 (coefficients: Taylor's, the last
-// two shifted to halve the error at the ends). Zero below -87.3, e^88.3 above 88.3.
+// e^x to about 2 ulp: 2^n · e^r with |r| <= ln 2 / 2, and a polynomial of degree 6 (coefficients:
+// Taylor's, the last two shifted to halve the error at the ends). Zero below -87.3, e^88.3
+// above 88.3.
 inline V exp(V x) {
     const V clamped = min(max(x, set1(-87.3f)), set1(88.3f));
     const V n = round(mul(clamped, set1(1.44269504f)));

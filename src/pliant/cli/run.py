@@ -264,6 +264,12 @@ class Chat:
                     self._answer(line)
             except PliantError as error:
                 say(f"pliant: {error}")
+            except KeyboardInterrupt:
+                # Not in the middle of an answer, or for the second time: the cache may be behind
+                # what was said, so it is built again.
+                self._session.close()
+                self._session = self._model.session()
+                say("interrupted")
 
     def _answer(self, text: str) -> None:
         text = text.encode("utf-8", "replace").decode("utf-8")

@@ -71,9 +71,7 @@ def row_blocks(importance: F64, blocks: int, *, unit: int = 32, least: int = 4) 
     return [int(b - a) for a, b in zip(cuts[::-1], cuts[-2::-1], strict=False)]
 
 
-def unit_costs(
-    energy: F64, rows: F64, columns: F64, blocks: Sequence[int]
-) -> F64:
+def unit_costs(energy: F64, rows: F64, columns: F64, blocks: Sequence[int]) -> F64:
     """What leaving out each unit wholly costs, in nats a token: float64 [blocks, groups].
 
     `energy` [rows, groups] is the sum of squares of each row in each group, `rows` [rows] and
@@ -83,7 +81,9 @@ def unit_costs(
     total = float(columns.sum())
     padded = np.zeros(groups * GROUP)
     padded[: len(columns)] = columns
-    share = padded.reshape(groups, GROUP).sum(axis=1) / GROUP / total if total > 0 else padded[:groups]
+    share = (
+        padded.reshape(groups, GROUP).sum(axis=1) / GROUP / total if total > 0 else padded[:groups]
+    )
     weighted = rows[:, None] * energy
     starts = np.concatenate([[0], np.cumsum(blocks)[:-1]])
     return 0.5 * np.add.reduceat(weighted, starts, axis=0) * share[None, :]

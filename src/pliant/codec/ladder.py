@@ -13,7 +13,8 @@ __all__ = ["benefits", "depths_at", "greedy_order", "prefix_bytes"]
 def benefits() -> NDArray[np.float64]:
     """Fall of the distortion of a unit Gaussian with ply 1 .. 8, float64 [8]."""
     table = np.array([distortion(n) for n in range(MAX_DEPTH + 1)])
-    return table[:-1] - table[1:]
+    falls: NDArray[np.float64] = table[:-1] - table[1:]
+    return falls
 
 
 def greedy_order(gains: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.uint32]:

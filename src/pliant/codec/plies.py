@@ -291,7 +291,7 @@ def decode_block(
 ) -> NDArray[np.float32]:
     """Weights of a row block with `depths[g]` plies of each group resident: the reference.
 
-    `row_scale` has [rows], `group_scale` [groups]. Returns float32 [rows, 64 groups] in stored order.
+    `row_scale` has [rows], `group_scale` [groups]. Returns float32 [rows, 64 groups], stored order.
     """
     groups, rows = len(depths), block.rows
     leaves = unpack_planes(block.planes).reshape(-1, groups, GROUP)[:rows]

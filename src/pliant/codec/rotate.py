@@ -20,12 +20,12 @@ GROUP = 64
 @cache
 def hadamard() -> NDArray[np.float32]:
     """The matrix of the rotation, float32 [64, 64]: symmetric and its own inverse."""
-    matrix = np.ones((1, 1), np.float32)
+    matrix: NDArray[np.float32] = np.ones((1, 1), np.float32)
     while len(matrix) < GROUP:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    matrix = (matrix / np.sqrt(np.float32(GROUP))).astype(np.float32)
-    matrix.flags.writeable = False
-    return matrix
+    rotation: NDArray[np.float32] = (matrix / np.sqrt(np.float32(GROUP))).astype(np.float32)
+    rotation.flags.writeable = False
+    return rotation
 
 
 def rotate(values: torch.Tensor) -> torch.Tensor:

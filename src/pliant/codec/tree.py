@@ -1,9 +1,9 @@
 """The Gaussian tree: one 8-bit scalar quantiser whose every prefix is a good quantiser.
 
-The 15 thresholds of the 16-level Lloyd-Max quantiser of a unit Gaussian (Lloyd 1957, Max 1960) are
-computed first. Merging neighbouring cells gives the cells of 3, 2 and 1 bits; splitting each cell in
-two, at the threshold that is best for that cell alone, gives those of 5, 6, 7 and 8 bits. A prefix of
-n bits decodes to the centre of mass of its cell.
+The 15 thresholds of the 16-level Lloyd-Max quantiser of a unit Gaussian (Lloyd 1957, Max 1960)
+are computed first. Merging neighbouring cells gives the cells of 3, 2 and 1 bits; splitting each
+cell in two, at the threshold that is best for that cell alone, gives those of 5, 6, 7 and 8 bits.
+A prefix of n bits decodes to the centre of mass of its cell.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def _mass(edges: F64) -> F64:
     # The upper tail is used for positive edges: differences of values near 1 lose all digits.
     low = np.array([0.5 * math.erfc(-e / math.sqrt(2)) for e in edges])
     high = np.array([0.5 * math.erfc(e / math.sqrt(2)) for e in edges])
-    return np.where(edges[1:] > 0, high[:-1] - high[1:], low[1:] - low[:-1])
+    mass: F64 = np.where(edges[1:] > 0, high[:-1] - high[1:], low[1:] - low[:-1])
+    return mass
 
 
 def _centres(edges: F64) -> F64:

@@ -47,6 +47,7 @@ LINEARS: dict[str, str] = {
 Windows = list[list[int]]
 
 _HEAD_CHUNK_BYTES = 64 << 20
+_TEMPER = 0.6
 _MARK = re.compile(r"^%%% *(\S+).*$", re.MULTILINE)
 _TURN = re.compile(r"^(User|Assistant): ?", re.MULTILINE)
 
@@ -76,7 +77,7 @@ def read_documents(text: str) -> list[tuple[str, str]]:
     first = text[: marks[0].start()] if marks else text
     if first.strip():
         documents.append(("text", first.strip("\n")))
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+    for mark, following in zip(marks, [*marks[1:], None], strict=False):
         body = text[mark.end() : following.start() if following else len(text)].strip("\n")
         if body.strip():
             documents.append((mark[1], body))
@@ -87,7 +88,7 @@ def _messages(body: str) -> list[dict[str, str]]:
     """Turns of a dialogue document: `User:` and `Assistant:` lines, alternating from the user."""
     turns = list(_TURN.finditer(body))
     messages: list[dict[str, str]] = []
-    for turn, following in zip(turns, [*turns[1:], None], strict=True):
+    for turn, following in zip(turns, [*turns[1:], None], strict=False):
         content = body[turn.end() : following.start() if following else len(body)].strip()
         role = turn[1].lower()
         if messages and messages[-1]["role"] == role:
@@ -170,10 +171,11 @@ def logits_chunks(
 class _Gatherer:
     """Sums of squared gradients by rows and columns; a gradient is dropped once it is counted."""
 
-    def __init__(self, weight: torch.nn.Parameter) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         self.rows = torch.zeros(weight.shape[0], dtype=torch.float64)
         self.columns = torch.zeros(weight.shape[1], dtype=torch.float64)
-        self.handle = weight.register_post_accumulate_grad_hook(self._count)
+        hook: Any = weight.register_post_accumulate_grad_hook  # torch has no types for it
+        self.handle = hook(self._count)
 
     def _count(self, weight: torch.Tensor) -> None:
         assert weight.grad is not None
@@ -260,14 +262,27 @@ def calibrate(
     result: dict[str, Importance] = {}
     for name, gatherer in gatherers.items():
         result[name] = Importance(gatherer.rows.numpy() / count, gatherer.columns.numpy() / count)
-    result["head"] = Importance(head_rows.numpy() / count, head_columns.numpy() / count)
+    result["head"] = Importance(_temper(head_rows.numpy() / count), head_columns.numpy() / count)
     # A token that the text does not have still occurs: half of the weight of the embedding goes
     # by how often the model expects each token.
     total = embed_rows.sum()
     embed_rows = 0.5 * embed_rows + 0.5 * total * likely / likely.sum()
     scale = _embedding_scale(model, embedding) ** 2 / count
-    result["embed"] = Importance(embed_rows.numpy() * scale, embed_columns.numpy() * scale)
+    rows = _temper(embed_rows.numpy() * scale)
+    result["embed"] = Importance(rows, embed_columns.numpy() * scale)
     return result
+
+
+def _temper(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Row importances of a vocabulary, brought closer together; their sum stays.
+
+    What a short text says of single tokens spreads over many orders of magnitude, and the tokens
+    that it lacks would get no plies at all. To the power 0.6 SmolLM2 has a KL divergence of 0.34
+    instead of 2.2 at 55 MB; powers from 0.35 to 0.6 do about as well.
+    """
+    tempered = rows**_TEMPER
+    total = float(tempered.sum())
+    return tempered * (float(rows.sum()) / total) if total > 0 else rows
 
 
 def _sample(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -104,7 +104,7 @@ class CodedModel:
         for block in range(len(cuts)):
             offsets.append(self._end)
             records = plies.encode_block(read, scales, block).records()
-            self._end += self._file.write(memoryview(records).cast("B"))
+            self._end += self._file.write(records.tobytes())
         coded = CodedMatrix(
             name=name,
             input=order,
@@ -125,7 +125,9 @@ class CodedModel:
         """Bytes of each ply of each unit, int64 [units, 8]."""
         table = np.empty((self.units, MAX_DEPTH), np.int64)
         for m in self.matrices:
-            view = table[m.first_unit : m.first_unit + m.units].reshape(len(m.blocks), -1, MAX_DEPTH)
+            view = table[m.first_unit : m.first_unit + m.units].reshape(
+                len(m.blocks), -1, MAX_DEPTH
+            )
             for block, rows in enumerate(m.blocks):
                 view[block] = [plies.ply_bytes(rows, ply) for ply in range(1, MAX_DEPTH + 1)]
         return table

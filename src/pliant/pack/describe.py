@@ -87,9 +87,7 @@ def vector_names(config: Mapping[str, Any], present: Sequence[str]) -> dict[str,
     return found
 
 
-def describe_model(
-    config: Mapping[str, Any], windows: Sequence[int | None]
-) -> dict[str, Any]:
+def describe_model(config: Mapping[str, Any], windows: Sequence[int | None]) -> dict[str, Any]:
     """The `model` object of the manifest (docs/format.md, 2.1) for a normal `config.json`.
 
     `windows` has for each layer the tokens that it sees, None for all. Rotary frequencies are
@@ -134,13 +132,13 @@ def describe_model(
 
 
 def _ropes(config: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
-    """Rotary tables (frequencies of half a head, factor of sine and cosine); which layer has which."""
+    """Rotary tables (frequencies of half a head, factor of both); which layer has which."""
     from transformers import AutoConfig
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     settings = {k: v for k, v in config.items() if k != "architectures"}
-    full = AutoConfig.for_model(**settings)
+    full: Any = AutoConfig.for_model(**settings)
     layers = config["num_hidden_layers"]
     if config["model_type"] == "gemma3_text":
         rotary = Gemma3RotaryEmbedding(full)

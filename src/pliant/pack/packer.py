@@ -1,4 +1,4 @@
-"""`pliant pack`: a model of any source, its calibration, its plies, its ladder, written as a pack."""
+"""`pliant pack`: a model of any source to its calibration, plies, ladder and pack."""
 
 from __future__ import annotations
 
@@ -87,10 +87,15 @@ def peak_memory(config: Mapping[str, Any], *, plain: bool) -> int:
     of one calibration window with their gradients, or a copy of the head and the work of
     encoding and decoding one matrix.
     """
+    hidden: int
+    ffn: int
+    vocab: int
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    layers: int
+    head_dim: int
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
-    q = config["num_attention_heads"] * head_dim
-    kv = config["num_key_value_heads"] * head_dim
+    q: int = config["num_attention_heads"] * head_dim
+    kv: int = config["num_key_value_heads"] * head_dim
     layer = 2 * hidden * q + 2 * hidden * kv + 3 * hidden * ffn
     matrices = vocab * hidden * (1 if config["tie_word_embeddings"] else 2) + layers * layer
     interpreter = 600 << 20
@@ -193,7 +198,7 @@ def pack(
             seed=seed,
             progress=lambda done, of: report.update("calibration", done / of),
         )
-        with open(Path(work) / "plies", "w+b") as scratch:
+        with (Path(work) / "plies").open("w+b") as scratch:
             coded = _encode(network, names, importance, scratch, report)
             ladder, sizes = _ladder(coded)
             quality = _quality(network, coded, ladder, sizes, held, report)
@@ -246,9 +251,11 @@ def _encode(
         shared.setdefault(name.input, []).append(name)
 
     def uses(name: str) -> list[Importance]:
-        return [importance["embed"], importance["head"]] if tied and name == "embed" else [
-            importance[name]
-        ]
+        return (
+            [importance["embed"], importance["head"]]
+            if tied and name == "embed"
+            else [importance[name]]
+        )
 
     for done, name in enumerate(names):
         if name.input not in coded.orders:

@@ -1,0 +1,160 @@
+"""The native core: kernels, executor, sampler, tokenizer.
+
+Everything releases the GIL while it computes. Errors are those of pliant.errors, and OSError for
+reads that fail.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+def cpu_isa() -> list[str]:
+    """Instruction sets that have kernels here, best first: of avx512, avx2, plain."""
+
+def usable_cpus() -> int:
+    """Processors that this process may use: its affinity and the quota of its cgroup."""
+
+def resident_bytes() -> tuple[int, int]:
+    """Resident set of this process and its peak (VmRSS, VmHWM) in bytes."""
+
+def read_bandwidth(mebibytes: int, threads: int, repeats: int) -> float:
+    """Bytes per second of plain reading of anonymous memory, the best of some repeats."""
+
+def sample(
+    logits: npt.NDArray[np.float32],
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    position: int = 0,
+    repetition: float = 1.0,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+    history: npt.NDArray[np.int32] | None = None,
+    prompt: int = 0,
+    bias: list[tuple[int, float]] = ...,
+) -> int:
+    """Draw a token id from float32 [vocabulary]; see src/core/sampler.h."""
+
+class Executor:
+    """One model in memory, and the sequences that it continues; see src/core/executor.h."""
+
+    def __init__(
+        self, model: dict[str, Any], *, threads: int, isa: str = "auto", chunk: int = 64
+    ) -> None:
+        """`model` as in a manifest; at most `chunk` tokens are computed at once."""
+    def set_vector(self, name: str, values: npt.NDArray[np.float32]) -> None:
+        """A norm or a bias, by its name in docs/format.md; copied."""
+    def set_plain(
+        self, name: str, weight: npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+    ) -> None:
+        """A matrix [rows, columns] in float32, or in bfloat16 given as its bits; copied."""
+    def set_tree(
+        self, levels: npt.NDArray[np.float32], scale_steps: npt.NDArray[np.float32]
+    ) -> None:
+        """The 510 levels and 16 scale steps of a pack."""
+    def add_coded(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        blocks: list[int],
+        order: npt.NDArray[np.uint16],
+        row_order: npt.NDArray[np.uint32] | None,
+        row_scale: npt.NDArray[np.uint16],
+        group_scale: npt.NDArray[np.float32],
+    ) -> None:
+        """A matrix in plies; in the order of the manifest. `row_scale` are the bits of float16."""
+    def set_ladder(
+        self, units: npt.NDArray[np.uint32], rung_plies: list[int], rung_bytes: list[int]
+    ) -> None:
+        """The unit of each ply, and what each rung has of them; after all matrices."""
+    def finish(self) -> None:
+        """Check that nothing is missing; FormatError says what is."""
+    @property
+    def rungs(self) -> int:
+        """All rungs of the ladder."""
+    @property
+    def read_rungs_count(self) -> int:
+        """Rungs in memory."""
+    @property
+    def resident_rungs(self) -> int:
+        """Rungs in use."""
+    @property
+    def arena_bytes(self) -> int:
+        """Memory of the rungs that were read."""
+    def read_rungs(self, locations: list[tuple[int, int, int, int]]) -> None:
+        """Append rungs: file descriptor, offset, bytes, CRC-32 of each. All or nothing.
+
+        May run beside steps, which do not see them before `publish`.
+        """
+    def publish(self, rungs: int) -> None:
+        """Use exactly the first rungs from the next step on; memory of the others goes back."""
+    def depths(self) -> npt.NDArray[np.uint8]:
+        """Depth of each unit in use, uint8 [units]."""
+    @property
+    def kv_page_tokens(self) -> int: ...
+    @property
+    def kv_page_bytes(self) -> int:
+        """Bytes of a page, for all layers."""
+    @property
+    def kv_pages_total(self) -> int: ...
+    @property
+    def kv_pages_used(self) -> int: ...
+    def reserve_kv(self, pages: int) -> None:
+        """Size of the pool; no sequence may hold pages. Memory is taken when it is used."""
+    def open_sequence(self) -> int: ...
+    def close_sequence(self, seq: int) -> None: ...
+    def length(self, seq: int) -> int:
+        """Tokens of a sequence."""
+    def truncate(self, seq: int, length: int) -> None:
+        """Forget the tokens from `length` on."""
+    def trim_kv(self) -> int:
+        """Give the memory of unused pages back; returns its bytes."""
+    def step(
+        self,
+        seqs: list[int],
+        counts: list[int],
+        tokens: npt.NDArray[np.int32],
+        want: list[int],
+    ) -> npt.NDArray[np.float32]:
+        """Append counts[i] tokens to sequence seqs[i]; float32 [wanted, vocabulary].
+
+        want[i] is 0 for no logits, 1 for those of the last token, 2 for all. A step that cannot
+        be made raises EngineError or UsageError and changes nothing.
+        """
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    def memory(self) -> dict[str, int]:
+        """Bytes by owner: weights, kv, activations, base."""
+
+class TokenStream:
+    """Decodes token after token; gives out whole characters only."""
+
+    def push(self, id: int) -> str:  # noqa: A002
+        """The characters that this token completes; maybe none."""
+    def flush(self) -> str:
+        """What is still held back, as U+FFFD; the stream then begins anew."""
+
+class Tokenizer:
+    """Text to token ids and back, from a tokenizer.bin (docs/tokenizer.md), which is mapped."""
+
+    def __init__(self, path: str) -> None: ...
+    def encode(
+        self, text: str, add_special: bool = False, parse_special: bool = True
+    ) -> list[int]: ...
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str: ...
+    def token_bytes(self, id: int) -> bytes: ...  # noqa: A002
+    def id_of(self, token: str) -> int | None: ...
+    def is_special(self, id: int) -> bool: ...  # noqa: A002
+    def stream(self, skip_special: bool = False) -> TokenStream: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def resident_bytes(self) -> int: ...

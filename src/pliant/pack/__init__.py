@@ -1,0 +1,1 @@
+"""Packing: every way in which a model becomes a pack. Needs the extra `pack` (PyTorch)."""
