@@ -40,8 +40,8 @@ $(DEMO)/pliant.json: | .venv/.pliant
 demo: .venv/.pliant $(DEMO)/pliant.json
 	$(BIN)/python examples/demo.py $(DEMO)
 
-test: .venv/.pliant
-	$(BIN)/python -m pytest
+test: .venv/.pliant $(DEMO)/pliant.json
+	PLIANT_TEST_PACK=$(DEMO) $(BIN)/python -m pytest
 
 .venv/.lint: .venv/.python pyproject.toml
 	$(PIP) --group lint
@@ -60,6 +60,18 @@ format: .venv/.lint
 
 bench: .venv/.pliant $(DEMO)/pliant.json
 	$(BIN)/pliant bench $(DEMO)
+
+# The C++ core with address and undefined-behaviour sanitizers, under the tests that use it most.
+sanitize: .venv/.depends
+	cmake -S . -B build/sanitize -DPLIANT_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
+	cmake --build build/sanitize -j 2
+	rm -rf build/sanitize/site && mkdir -p build/sanitize/site
+	cp -r src/pliant build/sanitize/site/ && cp build/sanitize/_core*.so build/sanitize/site/pliant/
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/site \
+	  $(BIN)/python -m pytest tests/test_executor.py tests/test_tokenizer.py tests/test_sampling.py
 
 docs: .venv/.pliant
 	$(BIN)/python -m pliant.cli.document > docs/cli.md

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from pliant.codec.feedback import choose_leaves
 from pliant.codec.rotate import GROUP, hadamard
 from pliant.codec.tree import MAX_DEPTH, SCALE_STEPS, THRESHOLDS, levels
 
@@ -241,8 +242,12 @@ def fit(read: Rows, columns: int, blocks: Sequence[int]) -> Scales:
     return Scales(tuple(blocks), row_scale, group_scale, nearest, energy)
 
 
-def encode_block(read: Rows, scales: Scales, block: int) -> EncodedBlock:
+def encode_block(
+    read: Rows, scales: Scales, block: int, upper: torch.Tensor | None = None
+) -> EncodedBlock:
     """Leaf and scale codes of one row block, as stored; `read` as for `fit`.
+
+    With `upper` (from `feedback.factor`) leaves make good for the errors of the columns before.
 
     The scale code of a group is, of the nearest and its two neighbours, the one with the least
     error at depth 4.
@@ -257,6 +262,7 @@ def encode_block(read: Rows, scales: Scales, block: int) -> EncodedBlock:
     width = 1 << (MAX_DEPTH - _CODE_DEPTH)
     coarse = thresholds[width - 1 :: width].contiguous()
     table = torch.from_numpy(levels(_CODE_DEPTH).copy())
+    finest = torch.from_numpy(levels(MAX_DEPTH).copy())
     leaves = np.zeros((padded_rows(rows), groups * GROUP), np.uint8)
     codes = np.zeros((padded_rows(rows), groups), np.uint8)
     outer = torch.from_numpy(scales.group_scale[block].copy())
@@ -275,10 +281,13 @@ def encode_block(read: Rows, scales: Scales, block: int) -> EncodedBlock:
             better = error < least
             least = torch.where(better, error, least)
             chosen = torch.where(better, trial, chosen)
-        scaled = values * (inverse / steps[chosen])[..., None]
-        leaf = torch.bucketize(scaled, thresholds, out_int32=True).to(torch.uint8)
+        if upper is None:
+            scaled = values * (inverse / steps[chosen])[..., None]
+            leaf = torch.bucketize(scaled, thresholds, out_int32=True)
+        else:
+            leaf = choose_leaves(values, base * steps[chosen], thresholds, finest, upper)
         at = slice(start - first_row, stop - first_row)
-        leaves[at] = leaf.reshape(stop - start, -1).numpy()
+        leaves[at] = leaf.to(torch.uint8).reshape(stop - start, -1).numpy()
         codes[at] = chosen.to(torch.uint8).numpy()
     return EncodedBlock(rows, pack_codes(codes), pack_planes(leaves))
 

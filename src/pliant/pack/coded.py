@@ -75,10 +75,12 @@ class CodedModel:
         uses: Sequence[Importance],
         *,
         blocks: int = 1,
+        upper: torch.Tensor | None = None,
     ) -> CodedMatrix:
         """Encode `weight`, float32 [rows, columns], that the model uses as `uses` say.
 
-        With `blocks` above 1 the rows are put in order of importance and cut.
+        With `blocks` above 1 the rows are put in order of importance and cut. `upper` is the
+        factor of its inputs for error feedback (codec/feedback.py).
         """
         rows, columns = weight.shape
         channels = torch.from_numpy(self.orders[order])
@@ -103,7 +105,7 @@ class CodedModel:
         offsets = []
         for block in range(len(cuts)):
             offsets.append(self._end)
-            records = plies.encode_block(read, scales, block).records()
+            records = plies.encode_block(read, scales, block, upper).records()
             self._end += self._file.write(records.tobytes())
         coded = CodedMatrix(
             name=name,

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from pliant.codec import ladder as ladders
+from pliant.codec.feedback import factor
 from pliant.errors import SourceError, UsageError
 from pliant.pack.calibrate import Importance, Windows, calibrate, token_windows
 from pliant.pack.coded import CodedModel
@@ -27,6 +28,7 @@ from pliant.pack.describe import (
     matrix_names,
     vector_names,
 )
+from pliant.pack.moments import gather_moments, moment_bytes
 from pliant.pack.quality import measure_quality
 from pliant.pack.sources import Source, open_source
 from pliant.pack.tokenizer import build_tokenizer
@@ -36,10 +38,12 @@ __all__ = ["DEFAULT_TOKENS", "PackProgress", "PackResult", "Plain", "pack", "pea
 
 Plain = Literal["f32", "bf16"]
 
-DEFAULT_TOKENS = 32768
+DEFAULT_TOKENS = 12288
 _WINDOW = 512
 _HELD_OUT = 4  # windows of the calibration text that only the quality curve sees
 _HEAD_BLOCKS = 16
+_MOMENT_WINDOWS = 8
+_MOMENT_SHARE = 0.75  # of the bytes of the model: beyond, plies are chosen without feedback
 _BUILT_IN = Path(__file__).parent / "data" / "calibration.txt"
 _EXTRA = (
     "config.json",
@@ -107,7 +111,18 @@ def peak_memory(config: Mapping[str, Any], *, plain: bool) -> int:
     # 6 of the queries and keys, 5 of the feed-forward block.
     window = 4 * _WINDOW * layers * (12 * hidden + 6 * (q + kv) + 5 * ffn)
     head = 6 * (64 << 20) + 16 * vocab * 8
-    return interpreter + model + max(window + head, 4 * vocab * hidden + largest)
+    work = 4 * vocab * hidden + largest
+    if _uses_moments(config, model):
+        work += moment_bytes([hidden, q, hidden, ffn], layers)
+    return interpreter + model + max(window + head, work)
+
+
+def _uses_moments(config: Mapping[str, Any], model: int) -> bool:
+    """Whether the moments of the inputs are small beside the model of `model` bytes."""
+    hidden: int = config["hidden_size"]
+    q: int = config["num_attention_heads"] * config["head_dim"]
+    widths = [hidden, q, hidden, config["intermediate_size"]]
+    return moment_bytes(widths, config["num_hidden_layers"]) <= _MOMENT_SHARE * model
 
 
 def pack(
@@ -198,8 +213,15 @@ def pack(
             seed=seed,
             progress=lambda done, of: report.update("calibration", done / of),
         )
+        moments: dict[str, torch.Tensor] = {}
+        if _uses_moments(config, source.bytes_fp32):
+            moments = gather_moments(
+                network,
+                learned[:_MOMENT_WINDOWS],
+                progress=lambda done, of: report.update("moments", done / of),
+            )
         with (Path(work) / "plies").open("w+b") as scratch:
-            coded = _encode(network, names, importance, scratch, report)
+            coded = _encode(network, names, importance, moments, scratch, report)
             ladder, sizes = _ladder(coded)
             quality = _quality(network, coded, ladder, sizes, held, report)
             manifest["matrices"] = [
@@ -239,10 +261,14 @@ def _encode(
     network: Any,
     names: list[MatrixName],
     importance: Mapping[str, Importance],
+    moments: dict[str, torch.Tensor],
     scratch: Any,
     report: PackProgress,
 ) -> CodedModel:
-    """All matrices in plies. Tied matrices are important for both their uses."""
+    """All matrices in plies. Tied matrices are important for both their uses.
+
+    `moments` are used up: each goes when the last matrix with this input is done.
+    """
     tied = "head" not in [n.name for n in names]
     coded = CodedModel(scratch)
     weights = dict(network.named_parameters(remove_duplicate=False))
@@ -257,16 +283,24 @@ def _encode(
             else [importance[name]]
         )
 
+    upper: torch.Tensor | None = None  # of the inputs `upper_of`
+    upper_of = ""
     for done, name in enumerate(names):
         if name.input not in coded.orders:
             group = [(weights[n.tensor].detach(), uses(n.name)) for n in shared[name.input]]
             coded.set_order(name.input, group)
+        # A tied matrix is read as the head; an embedding alone has no inputs.
+        read_as = "head" if tied and name.name == "embed" else name.input
+        if read_as in moments:
+            order = torch.from_numpy(coded.orders[name.input])
+            upper, upper_of = factor(moments.pop(read_as), order), name.input
         coded.add(
             name.name,
             name.input,
             weights[name.tensor].detach(),
             uses(name.name),
             blocks=_HEAD_BLOCKS if name.name in ("embed", "head") else 1,
+            upper=upper if upper_of == name.input else None,
         )
         report.update("encoding", (done + 1) / len(names))
     return coded
