@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
         "--tokens",
         metavar="N",
         type=natural,
-        help="tokens of the calibration text to use (default: 12288)",
+        help="tokens of the calibration text to use (default: 8192)",
     )
     parser.add_argument(
         "--seed", metavar="N", type=int, default=0, help="of what is drawn at random (default: 0)"
