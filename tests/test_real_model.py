@@ -94,7 +94,6 @@ def curve(windows: list[list[int]], reference: list[Logs]) -> dict[str, tuple[fl
 
 
 def test_quality_at_each_size(curve: dict[str, tuple[float, float, float]]) -> None:
-    print({size: tuple(round(v, 5) for v in row) for size, row in curve.items()})
     limits = {"55MB": 0.60, "72MB": 0.14, "89MB": 0.04, "105MB": 0.012, "145MB": 0.004}
     for size, limit in limits.items():
         assert curve[size][0] <= limit, size
