@@ -264,9 +264,9 @@ def test_a_pack_says_how_good_it_is(made: tuple[Source, PackResult]) -> None:
     assert quality == result.quality
     assert len(quality) > 3
     assert result.plies == sum(used_bytes(opened))
-    assert quality[-1][0] <= result.plies + result.scales
+    assert quality[-1][0] == result.plies + result.scales
     assert result.scales == opened.units.scale_bytes
-    assert quality[-1][1] < 0.05 < quality[0][1]
+    assert quality[-1][1] < 0.01 < quality[0][1]
     assert opened.manifest.calibration.tokens == 2048
     assert opened.manifest.calibration.text == "text.txt"
 

@@ -111,18 +111,21 @@ def tensor_figures(path: Path, source: Path) -> dict[str, Any]:
     """Bytes of all tensors, bytes in each of llama.cpp's formats, and share like the source.
 
     llama.cpp replaces formats that need rows of 256 values where a row does not divide. Where the
-    source holds a tensor in the very same format, quantising it once more costs nearly nothing:
-    a file with a large share of such tensors says little about its format.
+    source holds a matrix in the very same format, quantising it once more costs nearly nothing:
+    a file with a large share of such matrices says little about its format. The share is that of
+    the bytes of the matrices inside the layers.
     """
     before = {tensor.name: tensor.tensor_type for tensor in GGUFReader(source).tensors}
     held: dict[str, int] = {}
-    same = 0
+    same = inside = 0
     for tensor in GGUFReader(path).tensors:
-        kind = tensor.tensor_type.name
-        held[kind] = held.get(kind, 0) + int(tensor.n_bytes)
-        same += int(tensor.n_bytes) * (tensor.tensor_type == before[tensor.name])
-    total = sum(held.values())
-    return {"tensor_bytes": total, "formats": held, "source_share": round(same / total, 3)}
+        kind, size = tensor.tensor_type.name, int(tensor.n_bytes)
+        held[kind] = held.get(kind, 0) + size
+        if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
+            inside += size
+            same += size * (tensor.tensor_type == before[tensor.name])
+    share = round(same / inside, 3)
+    return {"tensor_bytes": sum(held.values()), "formats": held, "source_share": share}
 
 
 class Engine:

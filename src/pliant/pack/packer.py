@@ -112,12 +112,13 @@ def peak_memory(config: Mapping[str, Any], *, plain: bool) -> int:
     model = 4 * matrices
     largest = 4 * max(vocab * hidden, hidden * ffn)
     if plain:
-        return interpreter + model + 2 * largest
+        return interpreter + model + 3 * largest
     # Kept for the backward pass of a token in a layer: about 12 vectors of the residual stream,
     # 6 of the queries and keys, 5 of the feed-forward block.
     window = 4 * _WINDOW * layers * (12 * hidden + 6 * (q + kv) + 5 * ffn)
     head = 6 * (64 << 20) + 16 * vocab * 8
-    work = 4 * vocab * hidden + largest
+    # Measuring the curve keeps a copy of the head and decodes row blocks of it.
+    work = 4 * 4 * vocab * hidden + largest
     if _uses_moments(config, model):
         work += moment_bytes([hidden, q, hidden, ffn], layers)
     return interpreter + model + max(window + head, work)

@@ -15,7 +15,7 @@ from pliant.pack.coded import CodedModel
 
 __all__ = ["measure_quality"]
 
-_BITS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.5)
+_BITS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)  # of 8: shares of all plies
 
 
 @torch.no_grad()
@@ -43,11 +43,10 @@ def measure_quality(
     ids = [torch.tensor(window) for window in windows]
     reference = [model.model(i[None], use_cache=False)[0][0] for i in ids]
 
-    total = sum(m.rows * m.columns for m in coded.matrices)
     scale_bytes = coded.scale_bytes()
     prefix = ladders.prefix_bytes(ladder, sizes)
-    wanted = [int(bits * total / 8) - scale_bytes for bits in _BITS]
-    places = sorted({int(np.searchsorted(prefix, w, side="right")) - 1 for w in wanted if w > 0})
+    wanted = [int(prefix[-1]) * bits / 8 for bits in _BITS]
+    places = sorted({int(np.searchsorted(prefix, w, side="right")) - 1 for w in wanted})
     points: list[tuple[int, float]] = []
     for done, plies in enumerate(places):
         depths = ladders.depths_at(ladder, coded.units, plies)
