@@ -174,7 +174,7 @@ def random_base(
             base[name + ".bias"] = rng.normal(0, 0.02, rows).astype(np.float32)
         if matrix["coding"] == "plies":
             base["order." + matrix["input"]] = rng.permutation(columns).astype(np.uint16)
-            if row_orders and len(matrix["blocks"]) > 1:
+            if row_orders and len(matrix["blocks"]) > 1 and name in ("embed", "head"):
                 base[name + ".row_order"] = rng.permutation(rows).astype(np.uint32)
             scale = columns**-0.5
             base[name + ".row_scale"] = rng.uniform(0.5 * scale, 1.5 * scale, rows).astype(

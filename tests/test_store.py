@@ -216,6 +216,11 @@ WRONG_MANIFESTS: dict[str, tuple[Edit, str]] = {
         put("matrices", 8, "input", "embed"),
         "layers.0.down has 96 columns, and another matrix with the input embed has 64",
     ),
+    "two inputs for one vector": (
+        put("matrices", 7, "input", "layers.0.attn"),
+        "layers.0.up has the input layers.0.attn, and layers.0.gate, which reads the same vector, "
+        "has layers.0.ffn",
+    ),
     "blocks short": (
         put("matrices", 0, "blocks", [64, 64]),
         "add up to 128, and embed has 160 rows",
@@ -471,6 +476,10 @@ WRONG_TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "row order": (
         change("embed.row_order", item(0, 2**32 - 1)),
         "embed.row_order names 4294967295",
+    ),
+    "row order in a layer": (
+        lambda t: [*t, ("layers.0.k.row_order", "U32", np.arange(32, dtype=np.uint32))],
+        "a tensor 'layers.0.k.row_order' is not expected",
     ),
     "unit unknown": (change("ladder", item(0, 999)), "ladder names unit 999, and there are"),
     "unit too often": (change("ladder", item(slice(None), 0)), "ladder names unit 0 more than 8"),

@@ -58,7 +58,8 @@ def base_tensors(
         if name.startswith("layers."):
             yield vector(f"{name}.bias", rows, False)
         if matrix.coding == "plies":
-            yield BaseTensor(f"{name}.row_order", "U32", (rows,), False, "order")
+            if name in ("embed", "head"):
+                yield BaseTensor(f"{name}.row_order", "U32", (rows,), False, "order")
             yield BaseTensor(f"{name}.row_scale", "F16", (rows,), True, "scale")
             shape = (len(matrix.blocks), matrix.groups)
             yield BaseTensor(f"{name}.group_scale", "F32", shape, True, "scale")

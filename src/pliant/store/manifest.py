@@ -290,9 +290,16 @@ def _tokens(value: object, where: str, vocab: int) -> Tokens:
     )
 
 
+def _vector(matrix: str) -> str:
+    """A name for the vector that a matrix reads: q, k and v read one, gate and up another."""
+    layer, _, part = matrix.rpartition(".")
+    return f"{layer}.{ {'k': 'q', 'v': 'q', 'up': 'gate'}.get(part, part) }"
+
+
 def _matrices(fields: Fields, model: ModelSpec) -> tuple[MatrixSpec, ...]:
     shapes = {name: (rows, columns) for name, rows, columns in model.matrix_shapes()}
     widths: dict[str, int] = {}
+    readers: dict[str, tuple[str, str]] = {}  # of a vector: the first matrix and its input
 
     def matrix(value: object, where: str) -> MatrixSpec:
         coding = value.get("coding") if type(value) is dict else None
@@ -322,6 +329,12 @@ def _matrices(fields: Fields, model: ModelSpec) -> tuple[MatrixSpec, ...]:
             raise FormatError(
                 f"{where}: {name} has {columns} columns, and another matrix with the input "
                 f"{source} has {widths[source]}"
+            )
+        first, shared = readers.setdefault(_vector(name), (name, source))
+        if shared != source:
+            raise FormatError(
+                f"{where}: {name} has the input {source}, and {first}, which reads the same "
+                f"vector, has {shared}"
             )
         blocks = tuple(one.integers("blocks", 1, rows).tolist())
         if sum(blocks) != rows:
