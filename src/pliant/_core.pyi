@@ -127,6 +127,10 @@ class Executor:
         want[i] is 0 for no logits, 1 for those of the last token, 2 for all. A step that cannot
         be made raises EngineError or UsageError and changes nothing.
         """
+    def states(
+        self, seqs: list[int], counts: list[int], tokens: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        """As `step`; the last hidden states, after the last norm: float32 [tokens, hidden]."""
     @property
     def isa(self) -> str: ...
     @property

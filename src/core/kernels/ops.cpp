@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "kernels.h"
 #include "simd.h"
@@ -167,6 +168,7 @@ void to_half(const float* x, int n, uint16_t* out) {
 // neighbours are grouped.
 template <int Q>
 void attend_some(const Attention& a) {
+    constexpr int kColumns = Q > 4 ? 1 : 2;  // vectors of values at a time: enough sums in flight
     const int dims = a.head_dim, padded = (dims + kLanes - 1) / kLanes * kLanes;
     float best[Q], total[Q], alpha[Q];
     alignas(64) float p[Q][kPageTokens];
@@ -176,11 +178,13 @@ void attend_some(const Attention& a) {
         total[q] = 0.0f;
         last = std::max(last, a.position[q]);
         first = std::min(first, a.window > 0 ? std::max(0, a.position[q] - a.window + 1) : 0);
-        std::fill(a.out[q], a.out[q] + padded, 0.0f);
+        std::fill(a.out[q].values, a.out[q].values + padded, 0.0f);
     }
-    for (int page = first / kPageTokens; page <= last / kPageTokens; ++page) {
+    const int begin = std::max(first / kPageTokens, a.first_page);
+    const int end = std::min(last / kPageTokens + 1, a.first_page + a.pages);
+    for (int page = begin; page < end; ++page) {
         const int base = page * kPageTokens;
-        const uint16_t* k = a.k[page];
+        const uint16_t* k = a.k[page - a.first_page];
         V s[Q][2];
         for (int q = 0; q < Q; ++q) s[q][0] = s[q][1] = zero();
         for (int d = 0; d < dims; ++d) {
@@ -218,23 +222,49 @@ void attend_some(const Attention& a) {
             total[q] = std::fmaf(total[q], alpha[q], sum(add(e0, e1)));
             best[q] = now;
         }
-        const uint16_t* v = a.v[page];
+        const uint16_t* v = a.v[page - a.first_page];
         const int tokens = std::min(kPageTokens, last + 1 - base);
-        for (int d = 0; d < padded; d += kLanes) {
-            V o[Q];
-            for (int q = 0; q < Q; ++q) o[q] = mul(load(a.out[q] + d), set1(alpha[q]));
-            for (int j = 0; j < tokens; ++j) {
-                const V x = load_half(v + j * padded + d);
-                for (int q = 0; q < Q; ++q) o[q] = fma(x, set1(p[q][j]), o[q]);
-            }
-            for (int q = 0; q < Q; ++q) store(a.out[q] + d, o[q]);
-        }
+        const auto columns = [&]<int N>(std::integral_constant<int, N>, int d) {
+            V o[N][Q];
+            for (int n = 0; n < N; ++n)
+                for (int q = 0; q < Q; ++q)
+                    o[n][q] = mul(load(a.out[q].values + d + n * kLanes), set1(alpha[q]));
+            for (int j = 0; j < tokens; ++j)
+                for (int n = 0; n < N; ++n) {
+                    const V x = load_half(v + j * padded + d + n * kLanes);
+                    for (int q = 0; q < Q; ++q) o[n][q] = fma(x, set1(p[q][j]), o[n][q]);
+                }
+            for (int n = 0; n < N; ++n)
+                for (int q = 0; q < Q; ++q) store(a.out[q].values + d + n * kLanes, o[n][q]);
+        };
+        int d = 0;
+        for (; d + kColumns * kLanes <= padded; d += kColumns * kLanes)
+            columns(std::integral_constant<int, kColumns>{}, d);
+        for (; d < padded; d += kLanes) columns(std::integral_constant<int, 1>{}, d);
     }
     for (int q = 0; q < Q; ++q) {
-        const V factor = set1(1.0f / total[q]);
-        for (int d = 0; d < padded; d += kLanes)
-            store(a.out[q] + d, mul(load(a.out[q] + d), factor));
+        *a.out[q].best = best[q];
+        *a.out[q].total = total[q];
     }
+}
+
+void attend_more(const Attended& more, int dims, const Attended& sum) {
+    if (*more.total == 0.0f) return;
+    const float best = std::max(*sum.best, *more.best);
+    const V before = exp(set1(*sum.best - best)), after = exp(set1(*more.best - best));
+    float a[kLanes], b[kLanes];
+    store(a, before);
+    store(b, after);
+    *sum.best = best;
+    *sum.total = std::fmaf(*sum.total, a[0], *more.total * b[0]);
+    for (int d = 0; d < dims; d += kLanes)
+        store(sum.values + d, fma(load(sum.values + d), before, mul(load(more.values + d), after)));
+}
+
+void attend_mean(const Attended& sum, int dims, float* out) {
+    const V factor = set1(1.0f / *sum.total);
+    each_vector(dims,
+                [&](int d, int n) { store_n(out + d, mul(load(sum.values + d), factor), n); });
 }
 
 void attend(const Attention& a) {
@@ -269,6 +299,8 @@ void fill_ops(Kernels& k) {
     k.softcap = softcap;
     k.to_half = to_half;
     k.attend = attend;
+    k.attend_more = attend_more;
+    k.attend_mean = attend_mean;
 }
 
 }  // namespace pliant::PLIANT_ISA
