@@ -1,5 +1,7 @@
 #include "weights.h"
 
+#include <fcntl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,13 +21,52 @@ namespace {
 
 constexpr uint64_t kPage = 4096;
 
-// Reads all of a rung; throws std::system_error or ChecksumError.
-void read_rung(const RungSource& source, uint8_t* to, int index) {
+constexpr uint64_t kChunk = uint64_t{1} << 20;  // read at once; between chunks a read may end
+
+// A second way to an open file that leaves the kernel's cache alone, or -1 if there is none.
+class DirectFile {
+  public:
+    explicit DirectFile(int fd) {
+        const std::string path = "/proc/self/fd/" + std::to_string(fd);
+        fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+    }
+    ~DirectFile() {
+        if (fd_ >= 0) close(fd_);
+    }
+    DirectFile(const DirectFile&) = delete;
+    DirectFile& operator=(const DirectFile&) = delete;
+    int fd() const { return fd_; }
+
+  private:
+    int fd_;
+};
+
+// Is most of this range in the kernel's cache, so that reading it copies memory? True where the
+// kernel cannot tell (before Linux 6.5).
+bool is_cached(int fd, uint64_t offset, uint64_t bytes) {
+    constexpr long kCacheStat = 451;
+    struct {
+        uint64_t offset, bytes;
+    } range{offset, bytes};
+    uint64_t found[5] = {};  // pages in the cache come first
+    if (syscall(kCacheStat, fd, &range, found, 0u) != 0) return true;
+    return found[0] * kPage * 2 > bytes;
+}
+
+// Reads all of a rung; false if `ended` became true. Throws std::system_error or ChecksumError.
+template <typename Ended>
+bool read_rung(const RungSource& source, int direct, uint8_t* to, int index, const Ended& ended) {
+    int fd = direct >= 0 && !is_cached(source.fd, source.offset, source.bytes) ? direct : source.fd;
     uint64_t done = 0;
     while (done < source.bytes) {
-        const ssize_t got = pread(source.fd, to + done, source.bytes - done,
+        if (ended()) return false;
+        const ssize_t got = pread(fd, to + done, std::min(source.bytes - done, kChunk),
                                   static_cast<off_t>(source.offset + done));
         if (got < 0 && errno == EINTR) continue;
+        if (got < 0 && errno == EINVAL && fd != source.fd) {  // not aligned as this disk wants it
+            fd = source.fd;
+            continue;
+        }
         if (got < 0)
             throw std::system_error(errno, std::generic_category(),
                                     "reading rung " + std::to_string(index));
@@ -41,6 +82,7 @@ void read_rung(const RungSource& source, uint8_t* to, int index) {
                             std::to_string(crc) + ", the manifest says " +
                             std::to_string(source.crc) +
                             ": the shard was altered or damaged; get it again");
+    return true;
 }
 
 }  // namespace
@@ -170,30 +212,48 @@ uint64_t Weights::table_bytes() const {
     return bytes;
 }
 
-void Weights::read(const std::vector<RungSource>& sources, int threads) {
-    const int first = read_, count = static_cast<int>(sources.size());
-    if (first + count > rungs())
+void Weights::overtake(uint64_t ticket) {
+    uint64_t newest = newest_.load();
+    while (newest < ticket && !newest_.compare_exchange_weak(newest, ticket)) {
+    }
+}
+
+bool Weights::read(int first, const std::vector<RungSource>& sources, uint64_t ticket, int threads,
+                   bool direct) {
+    const int count = static_cast<int>(sources.size());
+    if (first < 0 || first > rungs() || count > rungs() - first)
         throw UsageError("asked to read " + std::to_string(count) + " rungs after " +
                          std::to_string(first) + ", but there are " + std::to_string(rungs()));
+    for (int i = 0; i < count; ++i)
+        if (sources[static_cast<size_t>(i)].bytes != rung_bytes(first + i, first + i + 1))
+            throw UsageError("a rung is not of the size that the ladder says");
     const size_t begin = rung_begin_[static_cast<size_t>(first)];
     const size_t end = rung_begin_[static_cast<size_t>(first + count)];
-    arena_.prefer_huge(begin, end);
+    {
+        const std::lock_guard lock(moving_);
+        if (first != read_ || newest_.load() > ticket) return false;
+        arena_.prefer_huge(end);
+        reading_ = first + count;
+    }
+    std::map<int, DirectFile> second;
+    if (direct)
+        for (const RungSource& source : sources) second.try_emplace(source.fd, source.fd);
 
     std::atomic<int> next{0};
+    std::atomic<bool> failed{false};
     std::exception_ptr error;
     std::mutex guard;
+    const auto ended = [&] { return failed.load() || newest_.load() > ticket; };
     const auto work = [&] {
-        for (int i = next++; i < count; i = next++) {
+        for (int i = next++; i < count && !ended(); i = next++) {
             try {
-                const size_t rung = static_cast<size_t>(first + i);
-                if (sources[static_cast<size_t>(i)].bytes != rung_bytes(first + i, first + i + 1))
-                    throw UsageError("a rung is not of the size that the ladder says");
-                read_rung(sources[static_cast<size_t>(i)], arena_.data() + rung_begin_[rung],
-                          first + i);
+                const RungSource& source = sources[static_cast<size_t>(i)];
+                uint8_t* to = arena_.data() + rung_begin_[static_cast<size_t>(first + i)];
+                read_rung(source, direct ? second.at(source.fd).fd() : -1, to, first + i, ended);
             } catch (...) {
                 const std::lock_guard lock(guard);
                 if (!error) error = std::current_exception();
-                next = count;
+                failed = true;
             }
         }
     };
@@ -201,14 +261,29 @@ void Weights::read(const std::vector<RungSource>& sources, int threads) {
     for (int i = 1; i < std::min(threads, count); ++i) helpers.emplace_back(work);
     work();
     for (auto& helper : helpers) helper.join();
-    if (error) {
-        arena_.release(begin, end);
-        std::rethrow_exception(error);
+    // A publish() beside us may have cut off the rungs before ours.
+    const std::lock_guard lock(moving_);
+    reading_ = 0;
+    if (!ended() && first == read_) {
+        read_ = first + count;
+        return true;
     }
-    read_ = first + count;
+    arena_.release(begin, end);
+    arena_.prefer_huge(rung_begin_[static_cast<size_t>(read_)]);
+    if (error) std::rethrow_exception(error);
+    return false;
+}
+
+void Weights::discard() {
+    const std::lock_guard lock(moving_);
+    arena_.release(rung_begin_[static_cast<size_t>(published_)],
+                   rung_begin_[static_cast<size_t>(read_)]);
+    read_ = published_;
+    arena_.prefer_huge(rung_begin_[static_cast<size_t>(read_)]);
 }
 
 void Weights::publish(int rungs) {
+    const std::lock_guard lock(moving_);
     if (rungs < 0 || rungs > read_)
         throw UsageError("cannot publish " + std::to_string(rungs) +
                          " rungs: " + std::to_string(read_) + " are in memory");
@@ -229,9 +304,11 @@ void Weights::publish(int rungs) {
             for (const Run& run : block.runs)
                 if (run.depth >= kWideDepth) wide_[static_cast<size_t>(matrix.input)] = true;
         }
+    // Of a read in progress too: its caller knows that it is overtaken, or will see it at the end.
     arena_.release(rung_begin_[static_cast<size_t>(rungs)],
-                   rung_begin_[static_cast<size_t>(read_)]);
+                   rung_begin_[static_cast<size_t>(std::max(reading_, read_.load()))]);
     read_ = published_ = rungs;
+    arena_.prefer_huge(rung_begin_[static_cast<size_t>(rungs)]);
 }
 
 }  // namespace pliant
