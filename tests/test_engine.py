@@ -265,9 +265,13 @@ def test_what_a_session_holds_is_kept_when_the_budget_shrinks() -> None:
 def test_sessions_share_the_pages_that_were_planned() -> None:
     model = fake_model(memory=FIXED + 60_000, context=512, sessions=2)
     with model.session() as one, model.session() as two, model.session() as three:
+        assert one.reserve(512)
         one.feed([1] * 512)
+        assert two.reserve(480)
         two.feed([1] * 480)
+        assert three.reserve(32)
         three.feed([1] * 32)
+        assert not two.reserve(481)
         with pytest.raises(EngineError, match="KV cache is full"):
             two.feed([1])
         assert len(two) == 480

@@ -178,21 +178,22 @@ void init_executor(nb::module_& module) {
         .def("overtake", [](Executor& self, uint64_t ticket) { self.weights.overtake(ticket); })
         .def(
             "read_rungs",
-            [](Executor& self, const Locations& locations, std::optional<int> first,
-               uint64_t ticket, std::optional<int> threads, bool direct) {
+            [](Executor& self, const Locations& locations, std::optional<int> first, int goal,
+               uint64_t ticket, std::optional<int> threads, bool direct, double share) {
                 std::vector<RungSource> sources;
                 for (const auto& [fd, offset, bytes, crc] : locations)
                     sources.push_back({fd, offset, bytes, crc});
+                if (!(share > 0.0)) throw UsageError("a share of the time must be above 0");
+                const Reading how{ticket, goal, threads.value_or(self.threads()), direct, share};
                 nb::gil_scoped_release release;
-                return self.weights.read(first.value_or(self.weights.read_rungs()), sources, ticket,
-                                         threads.value_or(self.threads()), direct);
+                return self.weights.read(first.value_or(self.weights.read_rungs()), sources, how);
             },
-            nb::arg("locations"), nb::kw_only(), nb::arg("first") = nb::none(),
+            nb::arg("locations"), nb::kw_only(), nb::arg("first") = nb::none(), nb::arg("goal") = 0,
             nb::arg("ticket") = UINT64_MAX, nb::arg("threads") = nb::none(),
-            nb::arg("direct") = false)
+            nb::arg("direct") = false, nb::arg("share") = 1.0)
         .def(
-            "discard", [](Executor& self) { self.weights.discard(); },
-            nb::call_guard<nb::gil_scoped_release>())
+            "discard", [](Executor& self, int rungs) { self.weights.discard(rungs); },
+            nb::arg("rungs"), nb::call_guard<nb::gil_scoped_release>())
         .def(
             "publish", [](Executor& self, int rungs) { self.weights.publish(rungs); },
             nb::arg("rungs"), nb::call_guard<nb::gil_scoped_release>())

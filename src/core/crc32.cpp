@@ -88,12 +88,12 @@ bool can_fold() { return __builtin_cpu_supports("pclmul") && __builtin_cpu_suppo
 
 }  // namespace
 
-uint32_t crc32(const uint8_t* data, size_t bytes) {
+uint32_t crc32(const uint8_t* data, size_t bytes, uint32_t before) {
 #if defined(__x86_64__)
     static const bool folding = can_fold();
-    if (folding && bytes >= kFold) return ~by_folding(~0u, data, bytes);
+    if (folding && bytes >= kFold) return ~by_folding(~before, data, bytes);
 #endif
-    return ~by_tables(~0u, data, bytes);
+    return ~by_tables(~before, data, bytes);
 }
 
 }  // namespace pliant

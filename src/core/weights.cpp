@@ -2,10 +2,12 @@
 
 #include <fcntl.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cmath>
 #include <mutex>
 #include <numeric>
@@ -53,13 +55,44 @@ bool is_cached(int fd, uint64_t offset, uint64_t bytes) {
     return found[0] * kPage * 2 > bytes;
 }
 
-// Reads all of a rung; false if `ended` became true. Throws std::system_error or ChecksumError.
+// Keeps a thread from computing for more than a share of the time.
+class Pace {
+  public:
+    explicit Pace(double share) : share_(share) {}
+    // Sleeps as long as is due since the last call.
+    void keep() {
+        if (share_ >= 1.0) return;
+        const double busy = processor_seconds() - busy_;
+        const double due = busy / share_ - since(began_);
+        if (due > 0) std::this_thread::sleep_for(std::chrono::duration<double>(due));
+        busy_ += busy;
+        began_ = Clock::now();
+    }
+
+  private:
+    using Clock = std::chrono::steady_clock;
+    static double since(Clock::time_point then) {
+        return std::chrono::duration<double>(Clock::now() - then).count();
+    }
+    static double processor_seconds() {
+        timespec now{};
+        clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+        return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+    }
+    double share_, busy_ = processor_seconds();
+    Clock::time_point began_ = Clock::now();
+};
+
+// Reads all of a rung; gives up if `ended` becomes true. Throws std::system_error, ChecksumError.
 template <typename Ended>
-bool read_rung(const RungSource& source, int direct, uint8_t* to, int index, const Ended& ended) {
+void read_rung(const RungSource& source, int direct, uint8_t* to, int index, Pace& pace,
+               const Ended& ended) {
     int fd = direct >= 0 && !is_cached(source.fd, source.offset, source.bytes) ? direct : source.fd;
     uint64_t done = 0;
+    uint32_t crc = 0;
     while (done < source.bytes) {
-        if (ended()) return false;
+        pace.keep();
+        if (ended()) return;
         const ssize_t got = pread(fd, to + done, std::min(source.bytes - done, kChunk),
                                   static_cast<off_t>(source.offset + done));
         if (got < 0 && errno == EINTR) continue;
@@ -74,15 +107,15 @@ bool read_rung(const RungSource& source, int direct, uint8_t* to, int index, con
             throw ChecksumError("rung " + std::to_string(index) + " ends after " +
                                 std::to_string(done) + " of " + std::to_string(source.bytes) +
                                 " bytes: its shard was cut while it was open; get the shard again");
+        // While it is still in the cache of the processor.
+        crc = crc32(to + done, static_cast<size_t>(got), crc);
         done += static_cast<uint64_t>(got);
     }
-    const uint32_t crc = crc32(to, source.bytes);
     if (crc != source.crc)
         throw ChecksumError("rung " + std::to_string(index) + " has checksum " +
                             std::to_string(crc) + ", the manifest says " +
                             std::to_string(source.crc) +
                             ": the shard was altered or damaged; get it again");
-    return true;
 }
 
 }  // namespace
@@ -218,8 +251,7 @@ void Weights::overtake(uint64_t ticket) {
     }
 }
 
-bool Weights::read(int first, const std::vector<RungSource>& sources, uint64_t ticket, int threads,
-                   bool direct) {
+bool Weights::read(int first, const std::vector<RungSource>& sources, const Reading& how) {
     const int count = static_cast<int>(sources.size());
     if (first < 0 || first > rungs() || count > rungs() - first)
         throw UsageError("asked to read " + std::to_string(count) + " rungs after " +
@@ -231,25 +263,28 @@ bool Weights::read(int first, const std::vector<RungSource>& sources, uint64_t t
     const size_t end = rung_begin_[static_cast<size_t>(first + count)];
     {
         const std::lock_guard lock(moving_);
-        if (first != read_ || newest_.load() > ticket) return false;
-        arena_.prefer_huge(end);
+        if (first != read_ || newest_.load() > how.ticket) return false;
+        const int goal = std::clamp(how.goal, first + count, rungs());
+        arena_.prefer_huge(rung_begin_[static_cast<size_t>(goal)]);
         reading_ = first + count;
     }
     std::map<int, DirectFile> second;
-    if (direct)
+    if (how.direct)
         for (const RungSource& source : sources) second.try_emplace(source.fd, source.fd);
 
     std::atomic<int> next{0};
     std::atomic<bool> failed{false};
     std::exception_ptr error;
     std::mutex guard;
-    const auto ended = [&] { return failed.load() || newest_.load() > ticket; };
+    const auto ended = [&] { return failed.load() || newest_.load() > how.ticket; };
     const auto work = [&] {
+        Pace pace(how.share);
         for (int i = next++; i < count && !ended(); i = next++) {
             try {
                 const RungSource& source = sources[static_cast<size_t>(i)];
                 uint8_t* to = arena_.data() + rung_begin_[static_cast<size_t>(first + i)];
-                read_rung(source, direct ? second.at(source.fd).fd() : -1, to, first + i, ended);
+                const int direct = how.direct ? second.at(source.fd).fd() : -1;
+                read_rung(source, direct, to, first + i, pace, ended);
             } catch (...) {
                 const std::lock_guard lock(guard);
                 if (!error) error = std::current_exception();
@@ -258,7 +293,7 @@ bool Weights::read(int first, const std::vector<RungSource>& sources, uint64_t t
         }
     };
     std::vector<std::thread> helpers;
-    for (int i = 1; i < std::min(threads, count); ++i) helpers.emplace_back(work);
+    for (int i = 1; i < std::min(how.threads, count); ++i) helpers.emplace_back(work);
     work();
     for (auto& helper : helpers) helper.join();
     // A publish() beside us may have cut off the rungs before ours.
@@ -274,11 +309,13 @@ bool Weights::read(int first, const std::vector<RungSource>& sources, uint64_t t
     return false;
 }
 
-void Weights::discard() {
+void Weights::discard(int rungs) {
     const std::lock_guard lock(moving_);
-    arena_.release(rung_begin_[static_cast<size_t>(published_)],
-                   rung_begin_[static_cast<size_t>(read_)]);
-    read_ = published_;
+    rungs = std::max(rungs, published_);
+    const int end = std::max(reading_, read_.load());
+    if (rungs >= end) return;
+    arena_.release(rung_begin_[static_cast<size_t>(rungs)], rung_begin_[static_cast<size_t>(end)]);
+    read_ = std::min(rungs, read_.load());
     arena_.prefer_huge(rung_begin_[static_cast<size_t>(read_)]);
 }
 

@@ -21,6 +21,15 @@ struct RungSource {
     uint32_t crc;
 };
 
+// How rungs are read.
+struct Reading {
+    uint64_t ticket = UINT64_MAX;  // see Weights::overtake
+    int goal = 0;                  // rungs that there will be at the end of this and further reads
+    int threads = 1;
+    bool direct = false;  // what the kernel does not have in its cache is read past it
+    double share = 1.0;   // most of the time that a thread may compute: the rest is for the steps
+};
+
 // Every rung has a fixed place in one arena, in ladder order, so the resident rungs are always its
 // beginning: growing appends, shrinking cuts off, and nothing is ever moved or fragmented.
 class Weights {
@@ -52,15 +61,13 @@ class Weights {
 
     // Says that a newer change was asked for: reads with a smaller ticket end soon.
     void overtake(uint64_t ticket);
-    // Reads the rungs from `first` on to the end of those in memory, with up to `threads` threads,
-    // and checks them; all or nothing. May run beside steps and publish(), but not beside another
-    // read. False, and nothing was read, if the ticket was overtaken or `first` is not the end.
-    // `direct`: what the kernel does not have in its cache is read past it. Throws ChecksumError,
+    // Reads the rungs from `first` on to the end of those in memory and checks them; all or
+    // nothing. May run beside steps and publish(), but not beside another read. False, and nothing
+    // was read, if the ticket was overtaken or `first` is not the end. Throws ChecksumError,
     // UsageError, or std::system_error for a failed read.
-    bool read(int first, const std::vector<RungSource>& sources, uint64_t ticket, int threads,
-              bool direct);
-    // Gives back what was read and not published. May run beside steps.
-    void discard();
+    bool read(int first, const std::vector<RungSource>& sources, const Reading& how);
+    // Gives back what was read beyond `rungs` rungs and not published. May run beside steps.
+    void discard(int rungs);
     // Makes the kernels use exactly the first `rungs` rungs, and gives the memory of the rest back.
     // Not beside steps.
     void publish(int rungs);

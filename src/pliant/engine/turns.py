@@ -23,6 +23,11 @@ class Turns:
         self._taken = False
         self._waiting: deque[threading.Lock] = deque()
 
+    @property
+    def taken(self) -> bool:
+        """Whether somebody has the turn at this moment."""
+        return self._taken
+
     def __enter__(self) -> None:
         with self._guard:
             if not self._taken:
