@@ -275,7 +275,7 @@ def test_new_answers_wait_for_room_and_come_in_order() -> None:
     for number in range(2, 6):
         threads.append(threading.Thread(target=answer, args=(number,)))
         threads[-1].start()
-        wait_for(lambda: len(model._waiting) == len(threads))  # noqa: B023
+        wait_for(lambda: len(model._waiting) == len(threads))
     assert not ended
     list(first)
     for thread in threads:

@@ -86,7 +86,7 @@ def open_tokenizer(pack: Pack) -> Tokenizer:
             file.expect(digest.bytes)
             for left in range(digest.bytes, 0, -_PIECE):
                 file.fill(piece := buffer[: min(left, _PIECE)])
-                hashed.update(piece)
+                hashed.update(piece.data)
     except FileNotFoundError:
         raise FormatError(f"{path} is missing: copy or download it again") from None
     if hashed.hexdigest() != digest.sha256:

@@ -146,7 +146,7 @@ class Cache:
         With `idle`, those of idle sessions that are in memory are counted too.
         """
         context = pages = 0
-        for entry in self._entries.values():
+        for entry in list(self._entries.values()):  # also asked for without the turn
             if entry.promised is not None or (idle and entry.parked is None):
                 context = max(context, entry.length, entry.promised or 0)
                 pages += self._held(entry)

@@ -1,4 +1,4 @@
-"""What a running model holds: its plan, its ledger, its rungs and its KV cache, and their changes."""
+"""What a running model holds: plan, ledger, rungs and KV cache, and how all of it changes."""
 
 from __future__ import annotations
 
@@ -144,8 +144,7 @@ class Holdings:
 
     def least(self) -> Plan:
         """The smallest plan that leaves the sessions in flight what was promised to them."""
-        with self._turns:
-            return smallest(self._sizes, self._fixed, self._needs(self.wish, idle=False))
+        return smallest(self._sizes, self._fixed, self._needs(self.wish, idle=False))
 
     def move(self, wish: Wish, check: Callable[[], None]) -> Change:
         """Go to the best plan within `wish`; BudgetError, and no change, if there is none.

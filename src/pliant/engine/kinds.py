@@ -109,7 +109,7 @@ class Report:
 
     `ledger` has for each owner what it holds and what of it is in memory; `free` + the sum of what
     is held = `total`. `matrices` has the mean depth in plies of each coded matrix. `in_flight` are
-    the sessions with an answer in progress, `parked` those whose KV is on disk, `parked_bytes` large.
+    the sessions with an answer in progress; of `parked` ones the KV is on disk, `parked_bytes`.
     """
 
     pack: str

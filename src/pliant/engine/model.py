@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pliant.engine.auto import steer
 from pliant.engine.build import RungFiles
 from pliant.engine.cache import Cache, ParkedLost
 from pliant.engine.generation import Generation
@@ -23,8 +24,10 @@ from pliant.engine.session import Session
 from pliant.engine.turns import Turns
 from pliant.errors import BudgetError, EngineError, UsageError
 from pliant.memory.budget import measure
+from pliant.memory.governor import Governor
 from pliant.memory.ledger import Audit, Ledger
 from pliant.memory.plan import PackSizes, Plan, Wish
+from pliant.memory.pressure import Sources
 from pliant.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -74,6 +77,8 @@ class Model:
         self._waiting: deque[object] = deque()
         self._moved = threading.Condition()  # there may be more room
         self._steps = 0
+        self._governor: Governor | None = None
+        self._steering = threading.Lock()
         self._template = template
         self._tokenizer_bytes = tokenizer_bytes
         self._closed = False
@@ -100,6 +105,8 @@ class Model:
             if self._closed:
                 return
             self._closed = True
+        with self._steering:
+            self._stop_governor()
         self._holdings.close()
         with self._turns:
             del self._holdings, self._executor  # the last references, so the memory goes
@@ -285,14 +292,49 @@ class Model:
 
         Set it to a number of bytes or a text such as `200MiB`, from any thread, while answers go
         on: when the assignment is done, the new budget holds. BudgetError, and no change, if the
-        model and what its sessions hold do not fit.
+        model and what its sessions hold do not fit. `auto` is `govern()`.
         """
         self._check_open()
         return self._holdings.wish.memory
 
     @budget.setter
     def budget(self, size: int | str | None) -> None:
-        self.resize(memory=size)
+        if size == "auto":
+            self.govern()
+        else:
+            self.resize(memory=size)
+
+    def govern(
+        self,
+        *,
+        keep_free: int | str | None = None,
+        log: Callable[[str], None] | None = None,
+        sources: Sources | None = None,
+    ) -> Governor:
+        """Let the budget follow the memory that other programs need, until another one is set.
+
+        `keep_free`: bytes that they shall find free at any moment (None: a sixteenth of what this
+        process could have). `log` is called with a line for each move, from another thread.
+        `sources`: where the signs of pressure are read. The same as `budget = "auto"`.
+        """
+        self._check_open()
+        size = None if keep_free is None else parse_size(keep_free, "keep_free")
+        with self._steering:
+            self._stop_governor()
+            self._governor = steer(
+                self._holdings,
+                self._check_open,
+                self._wake,
+                keep_free=size,
+                log=log,
+                sources=sources,
+            )
+            return self._governor
+
+    @property
+    def governor(self) -> Governor | None:
+        """What moves the budget by itself; None if nothing does."""
+        return self._governor
 
     def resize(self, *, memory: int | str | None = None, weights: int | str | None = None) -> Plan:
         """Set both limits anew (None: no limit), and move there; returns the plan that holds.
@@ -320,7 +362,7 @@ class Model:
         return self._holdings.plan_for(self._limits(memory, weights))
 
     def least_plan(self) -> Plan:
-        """The smallest plan now: the floor of quality, and what is promised to answers in flight."""
+        """The smallest plan now: the floor of quality, and what answers in flight were promised."""
         self._check_open()
         return self._holdings.least()
 
@@ -492,9 +534,17 @@ class Model:
 
     def _move(self, memory: int | str | None, weights: int | str | None) -> Change:
         self._check_open()
-        change = self._holdings.move(self._limits(memory, weights), self._check_open)
+        wish = self._limits(memory, weights)
+        with self._steering:
+            self._stop_governor()
+        change = self._holdings.move(wish, self._check_open)
         self._wake()
         return change
+
+    def _stop_governor(self) -> None:
+        if self._governor is not None:
+            self._governor.close()
+            self._governor = None
 
     def _refresh(self) -> None:
         """Tell the ledger what is in memory now; called with the turn taken."""

@@ -45,8 +45,8 @@ class Parked:
         self.pages = 0
         try:
             for page in pages:
-                check = zlib.crc32(page).to_bytes(4, "little")
-                left = [memoryview(page), memoryview(check)]
+                check = zlib.crc32(page.data).to_bytes(4, "little")
+                left = [page.data, memoryview(check)]
                 while left:
                     done = os.writev(self._descriptor, left)
                     while left and done >= len(left[0]):
@@ -67,7 +67,7 @@ class Parked:
         """Fill uint8 [page_bytes] with a page. OSError, or ChecksumError if it is damaged."""
         check, at = bytearray(4), page * (self._page_bytes + 4)
         got = os.preadv(self._descriptor, [into.data, check], at)
-        if got != self._page_bytes + 4 or zlib.crc32(into) != int.from_bytes(check, "little"):
+        if got != self._page_bytes + 4 or zlib.crc32(into.data) != int.from_bytes(check, "little"):
             raise ChecksumError(f"page {page} of a parked session is not as it was written")
 
     def close(self) -> None:
