@@ -485,6 +485,7 @@ def press(pack: Path, tmp_path: Path, taker: subprocess.Popen[str]) -> None:
         assert model.budget is not None
         assert model.budget < budget
         assert "to be kept free" in lines[0]
+        next(generation)
         take(1)
         wait_for(lambda: model.depth == full)
         for _ in generation:

@@ -332,6 +332,12 @@ class Model:
             return self._governor
 
     @property
+    def change(self) -> Change | None:
+        """The newest change of the budget since it was loaded, done or not."""
+        self._check_open()
+        return self._holdings.change
+
+    @property
     def governor(self) -> Governor | None:
         """What moves the budget by itself; None if nothing does."""
         return self._governor
