@@ -394,6 +394,24 @@ def test_a_turn_is_given_in_the_order_in_which_it_was_asked_for() -> None:
     for thread in threads:
         thread.join()
     assert order == list(range(8))
+    order.clear()
+
+    def hurry() -> None:
+        with turns.next():
+            order.append(-1)
+
+    with turns:
+        threads = [threading.Thread(target=wait, args=(0,)), threading.Thread(target=hurry)]
+        for count, thread in enumerate(threads):
+            thread.start()
+            while len(turns._waiting) <= count:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == [-1, 0]
+    with turns.next():
+        assert turns.taken
+    assert not turns.taken
     with pytest.raises(KeyError), turns:
         raise KeyError
     with turns:

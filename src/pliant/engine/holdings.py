@@ -153,7 +153,7 @@ class Holdings:
         dropped, idle sessions parked, and the kernel has the memory. `check` is called first.
         """
         with self._planning:
-            with self._turns:
+            with self._turns.next():
                 check()
                 plan = self._best(wish)
                 # What was there before must leave room for what comes; both limits hold meanwhile.
@@ -207,7 +207,7 @@ class Holdings:
         with self._planning:
             if self.plan is not mine:
                 return False
-            with self._turns:
+            with self._turns.next():
                 if check is not None:
                     check()
                 self.cache.limit(plan.context, plan.kv_pages)

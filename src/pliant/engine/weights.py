@@ -73,7 +73,7 @@ class Weights:
                         direct=not alone,
                         share=SHARE if self._turns.taken else 1.0,
                     )
-                with self._turns:
+                with self._turns.next():
                     if self._newest == ticket:
                         self._publish(rungs)
                         return True
