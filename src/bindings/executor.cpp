@@ -206,16 +206,25 @@ void init_executor(nb::module_& module) {
         .def_prop_ro("resident_rungs",
                      [](const Executor& self) { return self.weights.published_rungs(); })
         .def_prop_ro("arena_bytes", [](const Executor& self) { return self.weights.arena_bytes(); })
+        .def("overtake", [](Executor& self, uint64_t ticket) { self.weights.overtake(ticket); })
         .def(
             "read_rungs",
-            [](Executor& self, const Locations& locations) {
+            [](Executor& self, const Locations& locations, std::optional<int> first, int goal,
+               uint64_t ticket, std::optional<int> threads, bool direct, double share) {
                 std::vector<RungSource> sources;
                 for (const auto& [fd, offset, bytes, crc] : locations)
                     sources.push_back({fd, offset, bytes, crc});
+                if (!(share > 0.0)) throw UsageError("a share of the time must be above 0");
+                const Reading how{ticket, goal, threads.value_or(self.threads()), direct, share};
                 nb::gil_scoped_release release;
-                self.weights.read(sources, self.threads());
+                return self.weights.read(first.value_or(self.weights.read_rungs()), sources, how);
             },
-            nb::arg("locations"))
+            nb::arg("locations"), nb::kw_only(), nb::arg("first") = nb::none(), nb::arg("goal") = 0,
+            nb::arg("ticket") = UINT64_MAX, nb::arg("threads") = nb::none(),
+            nb::arg("direct") = false, nb::arg("share") = 1.0)
+        .def(
+            "discard", [](Executor& self, int rungs) { self.weights.discard(rungs); },
+            nb::arg("rungs"), nb::call_guard<nb::gil_scoped_release>())
         .def(
             "publish", [](Executor& self, int rungs) { self.weights.publish(rungs); },
             nb::arg("rungs"), nb::call_guard<nb::gil_scoped_release>())
@@ -248,6 +257,34 @@ void init_executor(nb::module_& module) {
             "truncate", [](Executor& self, int seq, int length) { self.kv.truncate(seq, length); },
             nb::arg("seq"), nb::arg("length"))
         .def("trim_kv", [](Executor& self) { return self.kv.trim(); })
+        .def(
+            "take_page",
+            [](const Executor& self, int sequence, int page,
+               nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& into) {
+                const uint8_t* from = self.kv.page(sequence, page);
+                if (into.shape(0) != self.kv.page_bytes())
+                    throw UsageError("a KV page has " + std::to_string(self.kv.page_bytes()) +
+                                     " bytes");
+                std::copy_n(from, self.kv.page_bytes(), into.data());
+            },
+            nb::arg("seq"), nb::arg("page"), nb::arg("into"))
+        .def(
+            "put_page",
+            [](Executor& self, int sequence, int tokens, const Array1<uint8_t>& from) {
+                if (tokens < 1 || tokens > kPageTokens ||
+                    self.kv.length(sequence) % kPageTokens != 0)
+                    throw UsageError("a page of " + std::to_string(tokens) +
+                                     " tokens cannot follow " +
+                                     std::to_string(self.kv.length(sequence)));
+                if (from.shape(0) != self.kv.page_bytes())
+                    throw UsageError("a KV page has " + std::to_string(self.kv.page_bytes()) +
+                                     " bytes");
+                if (self.kv.pages_free() < 1) throw EngineError("the KV cache has no free page");
+                const int page = self.kv.length(sequence) / kPageTokens;
+                self.kv.extend(sequence, tokens);
+                std::copy_n(from.data(), from.shape(0), self.kv.page(sequence, page));
+            },
+            nb::arg("seq"), nb::arg("tokens"), nb::arg("from_"))
         .def("step", &step_logits, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"),
              nb::arg("want"))
         .def("states", &step_states, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"))
