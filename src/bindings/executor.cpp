@@ -151,7 +151,7 @@ void init_executor(nb::module_& module) {
             [](Executor* self, const nb::dict& model, int threads, const std::string& isa,
                int chunk) { new (self) Executor(model_from(model), threads, isa, chunk); },
             nb::arg("model"), nb::kw_only(), nb::arg("threads"), nb::arg("isa") = "auto",
-            nb::arg("chunk") = 64)
+            nb::arg("chunk") = 128)
         .def("set_vector",
              [](Executor& self, const std::string& name, const Array1<float>& values) {
                  self.set_vector(name, values.data(), values.shape(0));

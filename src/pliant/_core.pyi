@@ -44,7 +44,7 @@ class Executor:
     """One model in memory, and the sequences that it continues; see src/core/executor.h."""
 
     def __init__(
-        self, model: dict[str, Any], *, threads: int, isa: str = "auto", chunk: int = 64
+        self, model: dict[str, Any], *, threads: int, isa: str = "auto", chunk: int = 128
     ) -> None:
         """`model` as in a manifest; at most `chunk` tokens are computed at once."""
     def set_vector(self, name: str, values: npt.NDArray[np.float32]) -> None:
