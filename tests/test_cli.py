@@ -442,3 +442,23 @@ def test_bench_measures_at_many_sizes(run: Run, pack: Path) -> None:
     assert code == 0
     assert "plain" in out
     assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_bench_walks(run: Run, pack: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "walk.png"
+    code, out, err = run("bench", pack, "--walk", "2", "--batch", "2", "--plot", plot, "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    assert [move["budget"] for move in answer["moves"]][:2] == [answer["most"], pytest.approx(
+        answer["least"] + 0.75 * (answer["most"] - answer["least"]), abs=1
+    )]  # fmt: skip
+    assert {sample["budget"] for sample in answer["samples"]} > {answer["least"], answer["most"]}
+    bits = [sample["bits_per_weight"] for sample in answer["samples"]]
+    assert min(bits) < max(bits)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run("bench", pack, "--walk", "1")
+    assert code == 0
+    assert "less memory: given back after at most" in out
+    for wrong in (["--plot", plot], ["--walk", "1", "--weights", "1MB"], ["--walk", "0"]):
+        assert run("bench", pack, *wrong)[0] == 2
