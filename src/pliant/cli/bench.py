@@ -66,7 +66,7 @@ def add_parser(commands: Any) -> None:
         "--walk",
         metavar="SECONDS",
         type=natural,
-        help="instead, answer for so long while the budget moves between the least and everything",
+        help="instead, answer for so long while the budget moves down and up",
     )
     parser.add_argument(
         "--plot",

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from pliant.engine.model import Model
 
 PATH = (1.0, 0.75, 0.5, 0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 0.0, 1.0, 0.1, 0.6, 1.0)
-"""Where the budget goes, one after the other: 0 is the least that is possible, 1 everything."""
+"""Where the budget goes, one after the other: 0 is the least, 1 everything."""
+
+LEAST = 0.3
+"""The least has this part of all plies: some two and a half bits a weight."""
 
 CONTEXT = 512
 
@@ -27,7 +30,8 @@ def walk(options: argparse.Namespace, limits: dict[str, Any], bar: Bar) -> dict[
     from pliant.engine.loading import load
 
     with load(options.pack, context=CONTEXT, sessions=options.batch, chat=False, **limits) as model:
-        least, most = model.least_plan().total, model.plan.total
+        most = model.plan.total
+        least = model.plan_for(weights=int(model.depth.weights * LEAST) or None).total
         model.budget = most
         moves: list[dict[str, Any]] = []
         failure: list[BaseException] = []
@@ -56,7 +60,7 @@ def walk(options: argparse.Namespace, limits: dict[str, Any], bar: Bar) -> dict[
         mover = threading.Thread(target=move)
         mover.start()
         try:
-            samples = _generate(model, options, begin, bar)
+            samples = _generate(model, options, begin, mover, bar)
         finally:
             mover.join()
         if failure:
@@ -77,9 +81,9 @@ def _now() -> float:
 
 
 def _generate(
-    model: Model, options: argparse.Namespace, begin: float, bar: Bar
+    model: Model, options: argparse.Namespace, begin: float, mover: threading.Thread, bar: Bar
 ) -> list[dict[str, Any]]:
-    """A sample for each step."""
+    """A sample for each step, until the time is over and every budget has come."""
     from pliant.memory.budget import measure
 
     samples = []
@@ -87,7 +91,7 @@ def _generate(
     for session in sessions:
         session.reserve(CONTEXT)
     tokens = [int(session.feed([1 + n]).argmax()) for n, session in enumerate(sessions)]
-    while (start := _now()) - begin < options.walk:
+    while (start := _now()) - begin < options.walk or mover.is_alive():
         if len(sessions[0]) >= CONTEXT:
             for session in sessions:
                 session.rewind([*session.tokens[:1], 0])
