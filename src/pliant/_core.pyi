@@ -44,7 +44,7 @@ class Executor:
     """One model in memory, and the sequences that it continues; see src/core/executor.h."""
 
     def __init__(
-        self, model: dict[str, Any], *, threads: int, isa: str = "auto", chunk: int = 64
+        self, model: dict[str, Any], *, threads: int, isa: str = "auto", chunk: int = 128
     ) -> None:
         """`model` as in a manifest; at most `chunk` tokens are computed at once."""
     def set_vector(self, name: str, values: npt.NDArray[np.float32]) -> None:
@@ -148,6 +148,10 @@ class Executor:
         want[i] is 0 for no logits, 1 for those of the last token, 2 for all. A step that cannot
         be made raises EngineError or UsageError and changes nothing.
         """
+    def states(
+        self, seqs: list[int], counts: list[int], tokens: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        """As `step`; the last hidden states, after the last norm: float32 [tokens, hidden]."""
     @property
     def isa(self) -> str: ...
     @property

@@ -34,7 +34,7 @@ def default_threads(threads: int | None) -> int:
     return threads
 
 
-def build_executor(pack: Pack, *, threads: int, isa: str = "auto", chunk: int = 64) -> Executor:
+def build_executor(pack: Pack, *, threads: int, isa: str = "auto", chunk: int = 128) -> Executor:
     """An executor of the model without any rung.
 
     Takes the arrays out of `pack.base` as it copies them, so that they are in memory once. `isa`

@@ -55,7 +55,7 @@ def open_parts(
     *,
     threads: int | None = None,
     isa: str = "auto",
-    chunk: int = 64,
+    chunk: int = 128,
     chat: bool = True,
     limit: int | None = None,
 ) -> Parts:
@@ -109,7 +109,7 @@ def load(
     threads: int | None = None,
     isa: str = "auto",
     kv_bits: int = 16,
-    chunk: int = 64,
+    chunk: int = 128,
     chat: bool = True,
     log: Callable[[str], None] | None = None,
 ) -> Model:
