@@ -21,10 +21,10 @@ PLIANT_INLINE __m512i broadcast(const int8_t* x) {
     return _mm512_set1_epi32(four);
 }
 
-// One token: plies go from memory through registers straight into the sums. Group after group, so
-// that every ply is read as one stream.
 constexpr int kAhead = 768;  // bytes of a ply that are fetched before they are needed
 
+// One token: plies go from memory through registers straight into the sums. Group after group, so
+// that every ply is read as one stream.
 template <int N>
 void run_vector(const CodedProduct& p, const Run& run) {
     const CodedBlock& block = *p.block;
