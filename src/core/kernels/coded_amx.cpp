@@ -80,52 +80,40 @@ PLIANT_INLINE void finish(const Room& room, int skip, int begin, int end, const 
     }
 }
 
+// Adds the products of all tokens with a decoded group.
 template <int N>
-void run_tokens(const CodedProduct& p, const Run& run, const Tiling& tiling, int s, uint8_t* wh,
-                uint8_t* wl, float* sums, Room& room) {
+PLIANT_INLINE void all_tokens(const CodedProduct& p, const Tiling& tiling, int g, const uint8_t* wh,
+                              const uint8_t* wl, const float* factors, const __m512* step,
+                              float* sums, Room& room) {
     constexpr bool kWide = N >= kWideDepth;
-    const CodedBlock& block = *p.block;
-    const __m512 steps = _mm512_load_ps(p.levels->steps);
-    const Table<N> hi(p.levels->hi[N], 0), lo(p.levels->lo[N], 0);
-    const size_t supertile = static_cast<size_t>(s);
-    for (int g = run.first; g < run.first + run.count; ++g) {
-        const uint8_t* planes[N];
-        for (int i = 0; i < N; ++i)
-            planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] + supertile * 256;
-        decode<N>(planes, hi, lo, wh, wl);
-        load<0>(wh, 128);
-        load<1>(wh + 64, 128);
+    load<0>(wh, 128);
+    load<1>(wh + 64, 128);
+    if constexpr (kWide) {
+        load<2>(wl, 128);
+        load<3>(wl + 64, 128);
+    }
+    for (int tile = 0; tile < tiling.count; ++tile) {
+        const int first = tiling.first(tile), begin = tile * kTileRows;
+        const size_t at = p.x->at(g, first) * kGroup;
+        load<4>(p.x->hi + at, kGroup);
+        clear<6>();
+        clear<7>();
+        add_product<6, 4, 0>();
+        add_product<7, 4, 1>();
+        store<6>(room.top[0]);
+        store<7>(room.top[1]);
         if constexpr (kWide) {
-            load<2>(wl, 128);
-            load<3>(wl + 64, 128);
-        }
-        __m512 step[2];
-        row_steps(block.codes[static_cast<size_t>(g)], supertile, steps, step);
-        alignas(64) float factors[kMaxTokens];
-        for (int t = 0; t < p.tokens; ++t) factors[t] = factor_of(p, t, g, N);
-        for (int tile = 0; tile < tiling.count; ++tile) {
-            const int first = tiling.first(tile), begin = tile * kTileRows;
-            const size_t at = p.x->at(g, first) * kGroup;
-            load<4>(p.x->hi + at, kGroup);
+            load<5>(p.x->lo + at, kGroup);
             clear<6>();
             clear<7>();
-            add_product<6, 4, 0>();
-            add_product<7, 4, 1>();
-            store<6>(room.top[0]);
-            store<7>(room.top[1]);
-            if constexpr (kWide) {
-                load<5>(p.x->lo + at, kGroup);
-                clear<6>();
-                clear<7>();
-                add_product<6, 5, 0>();
-                add_product<7, 5, 1>();
-                add_product<6, 4, 2>();
-                add_product<7, 4, 3>();
-                store<6>(room.middle[0]);
-                store<7>(room.middle[1]);
-            }
-            finish<kWide>(room, begin - first, begin, first + tiling.rows, factors, step, sums);
+            add_product<6, 5, 0>();
+            add_product<7, 5, 1>();
+            add_product<6, 4, 2>();
+            add_product<7, 4, 3>();
+            store<6>(room.middle[0]);
+            store<7>(room.middle[1]);
         }
+        finish<kWide>(room, begin - first, begin, first + tiling.rows, factors, step, sums);
     }
 }
 
@@ -133,21 +121,14 @@ void run_tokens(const CodedProduct& p, const Run& run, const Tiling& tiling, int
 
 void coded_product(const CodedProduct& p) {
     if (p.tokens < kFewTokens) return avx512::coded_product(p);
-    const CodedBlock& block = *p.block;
     const Tiling tiling(p.tokens);
     configure(Config(tiling.rows));
-    uint8_t* wh = p.scratch;
-    uint8_t* wl = wh + kSupertile * kGroup;
-    float* sums = reinterpret_cast<float*>(wl + kSupertile * kGroup);
     Room room;
-    for (int s = p.first; s < p.last; ++s) {
-        for (int i = 0; i < p.tokens * kSupertile; i += 16)
-            _mm512_store_ps(sums + i, _mm512_setzero_ps());
-        for (const Run& run : block.runs)
-            with_depth(run.depth,
-                       [&]<int N>() { run_tokens<N>(p, run, tiling, s, wh, wl, sums, room); });
-        scale_rows(p, s, sums);
-    }
+    many_tokens(p, 0,
+                [&]<int N>(int g, const uint8_t* wh, const uint8_t* wl, const float* factors,
+                           const __m512* step, float* sums) {
+                    all_tokens<N>(p, tiling, g, wh, wl, factors, step, sums, room);
+                });
     release();
 }
 

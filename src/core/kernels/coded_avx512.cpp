@@ -21,8 +21,6 @@ PLIANT_INLINE __m512i broadcast(const int8_t* x) {
     return _mm512_set1_epi32(four);
 }
 
-constexpr int kAhead = 768;  // bytes of a ply that are fetched before they are needed
-
 // One token: plies go from memory through registers straight into the sums. Group after group, so
 // that every ply is read as one stream.
 template <int N>
@@ -44,11 +42,7 @@ void run_vector(const CodedProduct& p, const Run& run) {
                         static_cast<size_t>(p.first) * 256;
         float* out = p.out;
         for (int s = p.first; s < p.last; ++s, out += kSupertile) {
-            repeat<N>([&]<int i>() PLIANT_LAMBDA {
-                for (int line = 0; line < 4; ++line)
-                    _mm_prefetch(reinterpret_cast<const char*>(planes[i] + kAhead + 64 * line),
-                                 _MM_HINT_T0);
-            });
+            fetch_ahead<N>(planes);
             __m512 step[2];
             row_steps(codes, static_cast<size_t>(s), steps, step);
             repeat<2>([&]<int half>() PLIANT_LAMBDA {
@@ -144,50 +138,32 @@ void tokens_block(const CodedProduct& p, int g, int first, const uint8_t* wh, co
     sum.finish(factors + first, step[0], step[1], sums + first * kSupertile);
 }
 
+// … of all tokens.
 template <int N>
-void run_tokens(const CodedProduct& p, const Run& run, int s, uint8_t* wh, uint8_t* wl,
-                float* sums) {
-    const CodedBlock& block = *p.block;
-    const __m512 steps = _mm512_load_ps(p.levels->steps);
-    const Table<N> hi(p.levels->hi[N], 0x80), lo(p.levels->lo[N], 0x80);
-    const size_t tile = static_cast<size_t>(s);
-    for (int g = run.first; g < run.first + run.count; ++g) {
-        const uint8_t* planes[N];
-        for (int i = 0; i < N; ++i)
-            planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] + tile * 256;
-        decode<N>(planes, hi, lo, wh, wl);
-        __m512 step[2];
-        row_steps(block.codes[static_cast<size_t>(g)], tile, steps, step);
-        alignas(64) float factors[kMaxTokens];
-        for (int t = 0; t < p.tokens; ++t) factors[t] = factor_of(p, t, g, N);
-        constexpr int kBlock = N >= kWideDepth ? 6 : 12;  // as many sums as there are registers
-        int t = 0;
-        for (; t + kBlock <= p.tokens; t += kBlock)
-            tokens_block<N, kBlock>(p, g, t, wh, wl, factors, step, sums);
-        if constexpr (kBlock > 6)
-            if (t + 6 <= p.tokens) {
-                tokens_block<N, 6>(p, g, t, wh, wl, factors, step, sums);
-                t += 6;
-            }
-        switch (p.tokens - t) {
-            case 1:
-                tokens_block<N, 1>(p, g, t, wh, wl, factors, step, sums);
-                break;
-            case 2:
-                tokens_block<N, 2>(p, g, t, wh, wl, factors, step, sums);
-                break;
-            case 3:
-                tokens_block<N, 3>(p, g, t, wh, wl, factors, step, sums);
-                break;
-            case 4:
-                tokens_block<N, 4>(p, g, t, wh, wl, factors, step, sums);
-                break;
-            case 5:
-                tokens_block<N, 5>(p, g, t, wh, wl, factors, step, sums);
-                break;
-            default:
-                break;
+void all_tokens(const CodedProduct& p, int g, const uint8_t* wh, const uint8_t* wl,
+                const float* factors, const __m512* step, float* sums) {
+    constexpr int kBlock = N >= kWideDepth ? 6 : 12;  // as many sums as there are registers
+    int t = 0;
+    for (; t + kBlock <= p.tokens; t += kBlock)
+        tokens_block<N, kBlock>(p, g, t, wh, wl, factors, step, sums);
+    if constexpr (kBlock > 6)
+        if (t + 6 <= p.tokens) {
+            tokens_block<N, 6>(p, g, t, wh, wl, factors, step, sums);
+            t += 6;
         }
+    switch (p.tokens - t) {
+        case 1:
+            return tokens_block<N, 1>(p, g, t, wh, wl, factors, step, sums);
+        case 2:
+            return tokens_block<N, 2>(p, g, t, wh, wl, factors, step, sums);
+        case 3:
+            return tokens_block<N, 3>(p, g, t, wh, wl, factors, step, sums);
+        case 4:
+            return tokens_block<N, 4>(p, g, t, wh, wl, factors, step, sums);
+        case 5:
+            return tokens_block<N, 5>(p, g, t, wh, wl, factors, step, sums);
+        default:
+            return;
     }
 }
 
@@ -207,16 +183,10 @@ void coded_product(const CodedProduct& p) {
                              _mm512_mul_ps(_mm512_loadu_ps(out + r), _mm512_loadu_ps(scale + r)));
         return;
     }
-    uint8_t* wh = p.scratch;
-    uint8_t* wl = wh + kSupertile * kGroup;
-    float* sums = reinterpret_cast<float*>(wl + kSupertile * kGroup);
-    for (int s = p.first; s < p.last; ++s) {
-        for (int i = 0; i < p.tokens * kSupertile; i += 16)
-            _mm512_store_ps(sums + i, _mm512_setzero_ps());
-        for (const Run& run : block.runs)
-            with_depth(run.depth, [&]<int N>() { run_tokens<N>(p, run, s, wh, wl, sums); });
-        scale_rows(p, s, sums);
-    }
+    many_tokens(p, 0x80,
+                [&]<int N>(int g, const uint8_t* wh, const uint8_t* wl, const float* factors,
+                           const __m512* step,
+                           float* sums) { all_tokens<N>(p, g, wh, wl, factors, step, sums); });
 }
 
 }  // namespace pliant::avx512

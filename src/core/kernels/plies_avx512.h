@@ -113,6 +113,18 @@ PLIANT_INLINE void collect(const uint8_t* const* planes, size_t offset, __m512i*
     }
 }
 
+constexpr int kAhead = 768;  // bytes of a ply that are fetched before they are needed
+
+// What three supertiles later will be read of the plies.
+template <int N>
+PLIANT_INLINE void fetch_ahead(const uint8_t* const* planes) {
+    repeat<N>([&]<int i>() PLIANT_LAMBDA {
+        for (int line = 0; line < 4; ++line)
+            _mm_prefetch(reinterpret_cast<const char*>(planes[i] + kAhead + 64 * line),
+                         _MM_HINT_T0);
+    });
+}
+
 // A table of 64 or 256 levels in registers; each is given as a byte, xor `flip`: with 0x80 they are
 // unsigned, level + 128.
 template <int N>
@@ -156,9 +168,7 @@ PLIANT_INLINE float factor_of(const CodedProduct& p, int token, int g, int depth
 template <int N>
 PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi, const Table<N>& lo,
                           uint8_t* wh, uint8_t* wl) {
-    for (int i = 0; i < N; ++i)  // the next supertile
-        for (int line = 0; line < 4; ++line)
-            _mm_prefetch(reinterpret_cast<const char*>(planes[i] + 256 + 64 * line), _MM_HINT_T0);
+    fetch_ahead<N>(planes);
     for (int half = 0; half < 2; ++half)
         for (int h = 0; h < 2; ++h) {
             __m512i index[8];
@@ -203,6 +213,47 @@ PLIANT_INLINE void with_depth(int depth, F&& f) {
             return f.template operator()<8>();
         default:
             return;
+    }
+}
+
+// The product for many tokens. A strip of supertiles, as many as their sums have room for, goes
+// through the groups together, so that plies are read as streams.
+// multiply<N>(g, wh, wl, factors, step, sums) adds the products with a decoded group of a supertile
+// to sums[token][32]; `flip`: of the tables.
+template <typename F>
+PLIANT_INLINE void many_tokens(const CodedProduct& p, int flip, F&& multiply) {
+    uint8_t* wh = p.scratch;
+    uint8_t* wl = wh + kSupertile * kGroup;
+    float* sums = reinterpret_cast<float*>(wl + kSupertile * kGroup);
+    const CodedBlock& block = *p.block;
+    const __m512 steps = _mm512_load_ps(p.levels->steps);
+    const int strip = std::max(1, kMaxTokens / p.tokens), stride = p.tokens * kSupertile;
+    for (int first = p.first; first < p.last; first += strip) {
+        const int last = std::min(first + strip, p.last);
+        for (int i = 0; i < (last - first) * stride; i += 16)
+            _mm512_store_ps(sums + i, _mm512_setzero_ps());
+        for (const Run& run : block.runs)
+            with_depth(run.depth, [&]<int N>() {
+                const Table<N> hi(p.levels->hi[N], flip), lo(p.levels->lo[N], flip);
+                for (int g = run.first; g < run.first + run.count; ++g) {
+                    alignas(64) float factors[kMaxTokens];
+                    for (int t = 0; t < p.tokens; ++t) factors[t] = factor_of(p, t, g, N);
+                    const uint8_t* planes[N];
+                    for (int i = 0; i < N; ++i)
+                        planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] +
+                                    static_cast<size_t>(first) * 256;
+                    for (int s = first; s < last; ++s) {
+                        decode<N>(planes, hi, lo, wh, wl);
+                        __m512 step[2];
+                        row_steps(block.codes[static_cast<size_t>(g)], static_cast<size_t>(s),
+                                  steps, step);
+                        multiply.template operator()<N>(g, wh, wl, factors, step,
+                                                        sums + (s - first) * stride);
+                        repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
+                    }
+                }
+            });
+        for (int s = first; s < last; ++s) scale_rows(p, s, sums + (s - first) * stride);
     }
 }
 
