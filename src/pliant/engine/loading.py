@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Parts", "load", "open_parts"]
 
-LOGIT_ROWS = 2  # rows of logits that an answer has in memory at once
+LOGIT_ROWS = 1  # rows of logits in memory at once besides one for each answer
 ROUNDING = MIB  # fixed parts are rounded up to it, so that plans do not differ from run to run
 
 
@@ -53,9 +53,12 @@ def open_parts(
     isa: str = "auto",
     chunk: int = 64,
     chat: bool = True,
+    answers: int = 1,
     limit: int | None = None,
 ) -> Parts:
     """Open a pack and build executor and tokenizer. `limit`: most bytes for base tensors."""
+    if isinstance(answers, bool) or not isinstance(answers, int) or not 1 <= answers <= 4096:
+        raise UsageError(f"answers must be from 1 to 4096, and not {answers!r}")
     if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 4096:
         raise UsageError(f"chunk must be from 1 to 4096 tokens, and not {chunk!r}")
     count = default_threads(threads)
@@ -83,7 +86,7 @@ def open_parts(
         "tokenizer": grown + unread,
         "base": parts["base"] - activations + untouched,
         "activations": activations,
-        "logits": LOGIT_ROWS * vocab * 4,
+        "logits": (LOGIT_ROWS + answers) * vocab * 4,
         "chat template": parts["chat template"],
         "margin": margin(),
     }
@@ -106,6 +109,7 @@ def load(
     kv_bits: int = 16,
     chunk: int = 64,
     chat: bool = True,
+    answers: int = 1,
 ) -> Model:
     """Load a pack within a budget.
 
@@ -119,6 +123,7 @@ def load(
     kv_bits:   bits of a value in the KV cache; 16 is the only choice
     chunk:     tokens of a prompt that are computed at once; fewer take less memory
     chat:      prepare the chat template, if the pack has one (some 7 MiB for jinja2)
+    answers:   how many answers may be computed in one step; each needs a row of logits
 
     Raises PackError for a pack that cannot be used, BudgetError with the sum if it does not fit,
     UsageError for arguments without meaning.
@@ -133,7 +138,15 @@ def load(
         min_bits=min_bits,
         max_kl=max_kl,
     )
-    parts = open_parts(path, threads=threads, isa=isa, chunk=chunk, chat=chat, limit=wish.memory)
+    parts = open_parts(
+        path,
+        threads=threads,
+        isa=isa,
+        chunk=chunk,
+        chat=chat,
+        answers=answers,
+        limit=wish.memory,
+    )
     if wish.memory is None:
         plan, limit = make_plan(parts.sizes, parts.fixed, wish), system_limit()
         if plan.total - plan.kv > limit:

@@ -261,6 +261,21 @@ class Model:
         return self._context
 
     @property
+    def kv_pages(self) -> int:
+        """Pages that all sessions together may hold now."""
+        return self._pages
+
+    @property
+    def kv_page_tokens(self) -> int:
+        """Tokens of a page."""
+        return self._sizes.kv_page_tokens
+
+    @property
+    def kv_page_bytes(self) -> int:
+        """Bytes of a page, for all layers."""
+        return self._sizes.kv_page_bytes
+
+    @property
     def depth(self) -> Depth:
         """What steps use now."""
         self._check_open()
@@ -358,11 +373,14 @@ class Model:
 
     # --- for sessions
 
-    def _open_sequence(self) -> int:
+    def _open_sequence(self, pages: Sequence[int] = ()) -> int:
+        """A new sequence that begins with whole pages that are in use already."""
         with self._turns:
             self._check_open()
             sequence = self._executor.open_sequence()
-            self._lengths[sequence] = 0
+            if pages:
+                self._executor.adopt_pages(sequence, list(pages))
+            self._lengths[sequence] = len(pages) * self._sizes.kv_page_tokens
             return sequence
 
     def _close_sequence(self, sequence: int) -> None:
@@ -370,6 +388,25 @@ class Model:
             if not self._closed:
                 self._executor.close_sequence(sequence)
                 del self._lengths[sequence]
+
+    def _hold_pages(self, sequence: int, first: int, last: int) -> list[int]:
+        """Keep pages first .. last - 1 of a sequence beyond its end; returns their numbers."""
+        with self._turns:
+            self._check_open()
+            pages = self._executor.pages(sequence)[first:last]
+            self._executor.hold_pages(pages)
+            return pages
+
+    def _drop_pages(self, pages: Sequence[int]) -> None:
+        """Give pages back that were kept."""
+        with self._turns:
+            if not self._closed:
+                self._executor.drop_pages(list(pages))
+
+    @property
+    def _free_pages(self) -> int:
+        """KV pages that steps may still take; below 0 if a budget has just shrunk."""
+        return self._pages - self._executor.kv_pages_used
 
     def _truncate(self, sequence: int, length: int) -> None:
         with self._turns:

@@ -1,0 +1,55 @@
+"""How many tokens of prompts a step may take besides those that continue answers.
+
+A prompt is read in chunks in the same steps in which answers go on, so that it never stops them
+(Agrawal et al., Sarathi-Serve, OSDI 2024). The chunk is chosen from the time that steps took: such
+that a step with it takes at most twice as long as one without.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Pace"]
+
+_WEIGHT = 0.2  # of a new observation
+_OUTLIER = 8.0  # an observation is believed up to this many times the estimate
+
+
+class Pace:
+    """Estimates the time of a step as that of its answers plus that of its tokens of prompts."""
+
+    __slots__ = ("_answers", "_least", "_most", "_stretch", "_token")
+
+    def __init__(self, *, stretch: float = 0.8, least: int = 8, most: int = 256) -> None:
+        """`stretch`: by how much prompts may lengthen a step that continues answers, as a part of
+        its time. `least`, `most`: bounds on the tokens of a step, whatever they take."""
+        self._stretch = stretch
+        self._least = least
+        self._most = most
+        self._answers: float | None = None  # seconds of a step without prompts
+        self._token: float | None = None  # seconds of a token of a prompt
+
+    def allowance(self, answers: int) -> int:
+        """Tokens of prompts for a step that continues `answers` answers."""
+        if not answers:
+            return self._most
+        if self._answers is None or self._token is None:
+            return self._least
+        fit = int(self._stretch * self._answers / self._token)
+        return min(max(fit, self._least), self._most)
+
+    def observe(self, answers: int, prompt_tokens: int, seconds: float) -> None:
+        """Learn from a step."""
+        if not prompt_tokens:
+            self._answers = _blend(self._answers, seconds)
+        elif not answers:
+            # Many tokens at once are cheaper than few: only a first guess for a mixed step.
+            if self._token is None:
+                self._token = max(seconds / prompt_tokens, 1e-9)
+        elif self._answers is not None:
+            rest = max(seconds - self._answers, 0.1 * seconds)
+            self._token = _blend(self._token, max(rest / prompt_tokens, 1e-9))
+        else:
+            self._answers = seconds / 2
+
+
+def _blend(old: float | None, new: float) -> float:
+    return new if old is None else old + _WEIGHT * (min(new, _OUTLIER * old) - old)
