@@ -15,12 +15,17 @@ from pliant.sizes import MIB, format_size, parse_size
 from pliant.store import Pack
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pliant.engine.seam import Executor, Tokenizer
 
 __all__ = ["Parts", "load", "open_parts"]
 
 LOGIT_ROWS = 1  # rows of logits in memory at once besides one for each answer
 ROUNDING = MIB  # fixed parts are rounded up to it, so that plans do not differ from run to run
+
+
+Also = tuple[str, "Callable[[Pack, Tokenizer], int]"]
 
 
 class Parts:
@@ -54,6 +59,7 @@ def open_parts(
     chunk: int = 64,
     chat: bool = True,
     answers: int = 1,
+    also: Also | None = None,
     limit: int | None = None,
 ) -> Parts:
     """Open a pack and build executor and tokenizer. `limit`: most bytes for base tensors."""
@@ -76,6 +82,10 @@ def open_parts(
     found = find_template(pack.path) if chat else None
     template = None if found is None else ChatTemplate(*found)
     meter.mark("chat template")
+    reserve = 0
+    if also is not None:
+        reserve = also[1](pack, tokenizer)
+        meter.mark(also[0])
     parts, memory = dict(meter.parts), executor.memory()
     activations = memory.get("activations", 0)
     # What was promised to the executor and not yet touched will be, with the first step.
@@ -88,8 +98,10 @@ def open_parts(
         "activations": activations,
         "logits": (LOGIT_ROWS + answers) * vocab * 4,
         "chat template": parts["chat template"],
-        "margin": margin(),
+        "margin": margin() + reserve,
     }
+    if also is not None:
+        fixed[also[0]] = parts[also[0]]
     fixed["margin"] += -sum(fixed.values()) % ROUNDING
     named = tuple((name, max(size, 0)) for name, size in fixed.items() if size)
     return Parts(pack, executor, tokenizer, pack_sizes(pack, executor), named, template)
@@ -110,6 +122,7 @@ def load(
     chunk: int = 64,
     chat: bool = True,
     answers: int = 1,
+    also: Also | None = None,
 ) -> Model:
     """Load a pack within a budget.
 
@@ -124,6 +137,8 @@ def load(
     chunk:     tokens of a prompt that are computed at once; fewer take less memory
     chat:      prepare the chat template, if the pack has one (some 7 MiB for jinja2)
     answers:   how many answers may be computed in one step; each needs a row of logits
+    also:      an owner in the ledger, and a function that makes what it owns from the pack and the
+               tokenizer, and returns how many bytes more to leave free
 
     Raises PackError for a pack that cannot be used, BudgetError with the sum if it does not fit,
     UsageError for arguments without meaning.
@@ -145,6 +160,7 @@ def load(
         chunk=chunk,
         chat=chat,
         answers=answers,
+        also=also,
         limit=wish.memory,
     )
     if wish.memory is None:

@@ -22,7 +22,7 @@ from pliant.engine.weights import Weights
 from pliant.errors import BudgetError, EngineError, UsageError
 from pliant.memory.budget import measure, system_limit
 from pliant.memory.ledger import Audit, Ledger
-from pliant.memory.plan import PackSizes, Plan, Wish, make_plan
+from pliant.memory.plan import PackSizes, Plan, Wish, make_plan, smallest
 from pliant.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -125,6 +125,11 @@ class Model:
     def has_chat(self) -> bool:
         """Whether there is a chat template."""
         return self._template is not None
+
+    @property
+    def template_source(self) -> str | None:
+        """The chat template as it came with the model; None without one."""
+        return None if self._template is None else self._template.source
 
     def chat_prompt(self, messages: Sequence[Message], **values: Any) -> list[int]:
         """The ids of a conversation, up to where the answer begins.
@@ -337,6 +342,13 @@ class Model:
     ) -> Plan:
         """The plan that `resize` with these limits would go to; nothing changes."""
         return make_plan(self._sizes, self._fixed, self._limits(memory, weights))
+
+    @property
+    def budget_range(self) -> tuple[int, int]:
+        """Bytes of the least budget with which the model runs, and of all that it could use."""
+        wish = replace(self._wish, memory=None, weights=None, least_context=0)
+        least = smallest(self._sizes, self._fixed, wish)
+        return least.total, make_plan(self._sizes, self._fixed, wish).total
 
     def report(self) -> Report:
         """What the process holds, and with what quality it answers."""

@@ -1,0 +1,114 @@
+"""Between the scheduler's thread and asyncio: neither ever waits for the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+from pliant.engine.answers import Answer, Piece, Request
+from pliant.engine.model import Model
+from pliant.engine.scheduler import Scheduler
+from pliant.memory.plan import Plan
+
+__all__ = ["Bridge", "Flow"]
+
+T = TypeVar("T")
+
+
+class Flow:
+    """The pieces of some answers, in the order in which they come. Closing it cancels them."""
+
+    def __init__(self, bridge: Bridge, answers: Sequence[Answer]) -> None:
+        self.answers = list(answers)
+        self._bridge = bridge
+        self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._open = {answer.number: at for at, answer in enumerate(answers)}
+
+    def put(self, answer: Answer, piece: Piece) -> None:
+        """In the event loop: a piece has come."""
+        self._queue.put_nowait((self._open[answer.number], piece))
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """The place of an answer, and a piece of it; until all have ended."""
+        left = len(self.answers)
+        while left:
+            at, piece = await self._queue.get()
+            left -= piece.last
+            yield at, piece
+
+    def close(self) -> None:
+        """Nobody wants the rest any more."""
+        self._bridge.forget(self.answers)
+
+
+class Bridge:
+    """Submits requests and spreads what comes back. Belongs to one event loop."""
+
+    def __init__(self, model: Model, *, most_running: int, most_waiting: int) -> None:
+        self.model = model
+        self.scheduler = Scheduler(
+            model, self._deliver, most_running=most_running, most_waiting=most_waiting
+        )
+        self.watch: Callable[[Answer, Piece], None] = lambda answer, piece: None
+        """Called in the event loop with every piece, wanted or not."""
+        self.begun: Callable[[Sequence[Answer]], None] = lambda answers: None
+        """Called in the event loop with answers that were asked for."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._flows: dict[int, Flow] = {}
+        # Templates, tokenizing and grammars: long enough to stop the event loop.
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="pliant-prepare")
+        self._mover = ThreadPoolExecutor(1, thread_name_prefix="pliant-move")
+
+    def start(self) -> None:
+        """In the event loop that is to be used."""
+        self._loop = asyncio.get_running_loop()
+        self.scheduler.start()
+
+    async def stop(self, patience: float) -> None:
+        """Finish what runs for up to `patience` seconds."""
+        assert self._loop is not None
+        await self._loop.run_in_executor(self._pool, self.scheduler.close, patience)
+        self._pool.shutdown(wait=False)
+        self._mover.shutdown(wait=False)
+
+    async def work(self, function: Callable[..., T], *arguments: object) -> T:
+        """Run something beside the event loop."""
+        assert self._loop is not None
+        return await self._loop.run_in_executor(self._pool, function, *arguments)
+
+    async def move(self, memory: int | str | None) -> Plan:
+        """Change the budget, as Scheduler.resize, beside everything else."""
+        assert self._loop is not None
+        return await self._loop.run_in_executor(self._mover, self.scheduler.resize, memory)
+
+    def submit(self, requests: Sequence[Request]) -> Flow:
+        """Queue requests, all or none. Errors as Scheduler.submit."""
+        answers = self.scheduler.submit(requests)
+        self.begun(answers)
+        flow = Flow(self, answers)
+        for answer in answers:
+            self._flows[answer.number] = flow
+        return flow
+
+    def forget(self, answers: Sequence[Answer]) -> None:
+        """Cancel those that have not ended."""
+        for answer in answers:
+            if self._flows.pop(answer.number, None) is not None and not answer.done:
+                self.scheduler.cancel(answer)
+
+    def _deliver(self, out: list[tuple[Answer, Piece]]) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop was closed: nobody listens
+            self._loop.call_soon_threadsafe(self._spread, out)
+
+    def _spread(self, out: list[tuple[Answer, Piece]]) -> None:
+        for answer, piece in out:
+            self.watch(answer, piece)
+            flow = self._flows.get(answer.number)
+            if flow is not None:
+                flow.put(answer, piece)
+                if piece.last:
+                    del self._flows[answer.number]

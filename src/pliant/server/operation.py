@@ -1,0 +1,217 @@
+"""What is not an answer: models, tokens, the budget, health, metrics, the page."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from pliant.engine.kinds import Report
+from pliant.engine.scheduler import State
+from pliant.errors import BudgetError, PliantError
+from pliant.server.chat import template_messages
+from pliant.server.metrics import Metrics
+from pliant.server.prepare import Kitchen
+from pliant.server.problems import Problem
+from pliant.server.replies import json_reply
+from pliant.server.schema import BudgetRequest, DetokenizeRequest, TokenizeRequest, parse
+
+__all__ = [
+    "budget",
+    "detokenize",
+    "embeddings",
+    "health",
+    "metrics",
+    "model",
+    "models",
+    "page",
+    "ready",
+    "set_budget",
+    "state",
+    "tokenize",
+]
+
+PAGE = Path(__file__).parent / "page"
+
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:"
+)
+
+
+def _kitchen(request: Request) -> Kitchen:
+    kitchen: Kitchen = request.app.state.kitchen
+    return kitchen
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models"""
+    return json_reply({"object": "list", "data": [_model(request)]})
+
+
+async def model(request: Request) -> Response:
+    """GET /v1/models/NAME"""
+    _kitchen(request).check_name(request.path_params["name"])
+    return json_reply(_model(request))
+
+
+def _model(request: Request) -> dict[str, Any]:
+    kitchen = _kitchen(request)
+    depth = kitchen.model.depth
+    return {
+        "id": kitchen.name,
+        "object": "model",
+        "created": request.app.state.started,
+        "owned_by": "pliant",
+        "context": kitchen.model.context,
+        "pliant": {"bits_per_weight": depth.bits_per_weight, "expected_kl": depth.expected_kl},
+    }
+
+
+async def tokenize(request: Request) -> Response:
+    """POST /tokenize"""
+    kitchen = _kitchen(request)
+    asked = parse(await request.body(), TokenizeRequest)
+    kitchen.check_name(asked.model)
+    if (asked.prompt is None) == (asked.messages is None):
+        raise Problem(400, "give either prompt or messages", param="prompt")
+    if asked.messages is not None:
+        ids = await kitchen.chat_ids(template_messages(asked.messages))
+    else:
+        prompt, special = asked.prompt, asked.add_special_tokens
+        ids = await kitchen.bridge.work(
+            lambda: kitchen.model.tokenize(prompt or "", special=special)
+        )
+    return json_reply({"tokens": ids, "count": len(ids), "max_model_len": kitchen.model.context})
+
+
+async def detokenize(request: Request) -> Response:
+    """POST /detokenize"""
+    kitchen = _kitchen(request)
+    asked = parse(await request.body(), DetokenizeRequest)
+    kitchen.check_name(asked.model)
+    vocab = kitchen.model.tokenizer.vocab_size
+    for token in asked.tokens:
+        if not 0 <= token < vocab:
+            raise Problem(400, f"token {token} is not one of {vocab}", param="tokens")
+    return json_reply({"prompt": await kitchen.bridge.work(kitchen.model.detokenize, asked.tokens)})
+
+
+async def embeddings(request: Request) -> Response:
+    """POST /v1/embeddings is refused: the core gives logits, and no hidden states."""
+    raise Problem(
+        501,
+        "/v1/embeddings is not supported by this server: a step of the core gives logits only, and "
+        "embeddings need the hidden states before the head",
+        code="unsupported_endpoint",
+    )
+
+
+# --- the budget
+
+
+async def budget(request: Request) -> Response:
+    """GET /v1/budget"""
+    report = await _kitchen(request).bridge.work(_kitchen(request).model.report)
+    return json_reply(_budget(request, report))
+
+
+async def set_budget(request: Request) -> Response:
+    """PUT /v1/budget: answers once the new budget holds, or refuses it and changes nothing."""
+    kitchen = _kitchen(request)
+    asked = parse(await request.body(), BudgetRequest)
+    counted: Metrics = request.app.state.metrics
+    try:
+        await kitchen.bridge.move(asked.memory)
+    except PliantError as error:
+        counted.moves.labels("refused" if isinstance(error, BudgetError) else "failed").inc()
+        raise
+    counted.moves.labels("done").inc()
+    return await budget(request)
+
+
+def _budget(request: Request, report: Report) -> dict[str, Any]:
+    least, most = _kitchen(request).model.budget_range
+    return {
+        "memory": report.budget,
+        "least": least,
+        "most": most,
+        "resident": report.resident,
+        "peak": report.peak,
+        "total": report.total,
+        "free": report.free,
+        "ledger": report.to_dict()["ledger"],
+        "weights": report.weights,
+        "rungs": report.rungs,
+        "rungs_available": report.rungs_available,
+        "bits_per_weight": report.bits_per_weight,
+        "expected_kl": report.expected_kl,
+        "context": report.context,
+    }
+
+
+# --- operation
+
+
+async def health(request: Request) -> Response:
+    """GET /health: whether the process lives."""
+    failure = _kitchen(request).bridge.scheduler.failure
+    if failure is not None:
+        return json_reply({"status": "failed", "reason": str(failure)}, 500)
+    return json_reply({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """GET /ready: whether requests are taken."""
+    if _kitchen(request).bridge.scheduler.alive:
+        return json_reply({"status": "ready"})
+    return json_reply({"status": "stopping"}, 503)
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics"""
+    kitchen = _kitchen(request)
+    counted: Metrics = request.app.state.metrics
+
+    def text() -> bytes:
+        return counted.text(kitchen.bridge.scheduler.state(), kitchen.model.report())
+
+    return Response(
+        await kitchen.bridge.work(text), media_type="text/plain; version=0.0.4; charset=utf-8"
+    )
+
+
+async def state(request: Request) -> Response:
+    """GET /v1/state: what the page and `pliant top` show."""
+    kitchen = _kitchen(request)
+
+    def both() -> tuple[State, Report]:
+        return kitchen.bridge.scheduler.state(), kitchen.model.report()
+
+    now, report = await kitchen.bridge.work(both)
+    return json_reply(
+        {
+            "model": kitchen.name,
+            "time": time.time(),
+            "waiting": now.waiting,
+            "running": now.running,
+            "pages": {"total": now.pages, "used": now.used, "kept": now.kept},
+            "counters": asdict(now.counters),
+            "budget": _budget(request, report),
+            "threads": report.threads,
+            "isa": report.isa,
+            "matrices": report.matrices,
+        }
+    )
+
+
+async def page(request: Request) -> Response:
+    """GET /: the page and its two files."""
+    name = {"/": "page.html"}.get(request.url.path, request.url.path.removeprefix("/"))
+    return FileResponse(
+        PAGE / name,
+        headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"},
+    )
