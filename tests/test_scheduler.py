@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,22 @@ def test_the_queue_is_bounded(model: pliant.Model) -> None:
         scheduler.submit([request("c", 3)])
 
 
+def test_the_tokens_in_the_queue_are_bounded(
+    model: pliant.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pliant.engine.scheduler.MOST_TOKENS", 500)
+    desk = Desk()
+    scheduler = Scheduler(model, desk.deliver)
+    answers = scheduler.submit([request([5] * 400, 3)])
+    with pytest.raises(BusyError, match="400 tokens wait already, and 500 may"):
+        scheduler.submit([request([5] * 101, 3)])
+    scheduler.start()
+    desk.wait(*answers, *scheduler.submit([request([5] * 100, 3)]))
+    desk.wait(*scheduler.submit([request([5] * 400, 3)]))
+    scheduler.close()
+    assert (scheduler._queued, scheduler._tokens) == (0, 0)
+
+
 def test_an_answer_that_is_late_ends(model: pliant.Model) -> None:
     desk = Desk()
     now = [0.0]
@@ -487,7 +504,7 @@ def test_kept_pages_are_a_tree_whose_leaves_go_first(paths: list[list[int]], dat
     prefixes = Prefixes(dropped.extend)
     uses, page = [], 0
     for path in paths:
-        keys = page_keys(path, 1, 0)
+        keys = page_keys(array("i", path), 1, 0)
         found = prefixes.count(keys)
         prefixes.acquire(keys[:found])
         for key in keys[found:]:
@@ -502,7 +519,7 @@ def test_kept_pages_are_a_tree_whose_leaves_go_first(paths: list[list[int]], dat
             assert prefixes.count(keys) == len(keys)  # what is in use is never given up
     for keys in uses:
         prefixes.release(keys)
-    known = {tuple(path): page_keys(path, 1, 0) for path in paths}
+    known = {tuple(path): page_keys(array("i", path), 1, 0) for path in paths}
     while len(prefixes):
         for keys in known.values():  # what is there is there from the root on
             there = [key in prefixes._entries for key in keys]
@@ -513,12 +530,12 @@ def test_kept_pages_are_a_tree_whose_leaves_go_first(paths: list[list[int]], dat
 
 
 def test_keys_of_pages_depend_on_all_before_and_on_the_depth() -> None:
-    ids = list(range(100))
+    ids = array("i", range(100))
     keys = page_keys(ids, PAGE, 7)
     assert len(keys) == 3
     assert page_keys(ids, PAGE, 7, keys[:2]) == keys
-    assert page_keys([1, *ids[1:]], PAGE, 7)[2] != keys[2]
-    assert page_keys([*ids[:31], 5, *ids[32:]], PAGE, 7)[1] != keys[1]
+    assert page_keys(array("i", [1, *ids[1:]]), PAGE, 7)[2] != keys[2]
+    assert page_keys(array("i", [*ids[:31], 5, *ids[32:]]), PAGE, 7)[1] != keys[1]
     assert not set(page_keys(ids, PAGE, 8)) & set(keys)
 
 

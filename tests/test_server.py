@@ -481,7 +481,8 @@ def test_a_prompt_that_cannot_fit_is_refused_with_the_sum(server: Server) -> Non
         (b'{"messages": ' + b"[" * 100_000, 400),
         (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
-        (b"x" * (4 * 2**20 + 1), 413),
+        (b"x" * (2**20 + 1), 413),
+        (b'{"prompt": [' + b"[]," * 70_000 + b"[]]}", 413),
     ],
     ids=[
         "empty",
@@ -493,6 +494,7 @@ def test_a_prompt_that_cannot_fit_is_refused_with_the_sum(server: Server) -> Non
         "closed",
         "surrogate",
         "large",
+        "many",
     ],
 )
 def test_bodies_that_are_no_requests(server: Server, body: bytes, status: int) -> None:
@@ -540,6 +542,25 @@ def test_api_keys_are_needed_where_there_are_some(own_model: pliant.Model) -> No
         for key in ("secret-one", "secret-two"):
             reply = server.get("/v1/models", {"Authorization": f"Bearer {key}", "Host": "my.host"})
             assert reply.status == 200
+
+
+def test_bodies_together_are_bounded(own_model: pliant.Model) -> None:
+    with running_server(own_model, body_limit=1000) as server:
+        open_ones = []
+        for _ in range(5):
+            connection = server.connect()
+            connection.putrequest("POST", "/tokenize")
+            connection.putheader("Content-Type", "application/json")
+            connection.putheader("Content-Length", "1000")
+            connection.endheaders(b"{" + b" " * 900)
+            open_ones.append(connection)
+        reply = open_ones[-1].getresponse()
+        assert reply.status == 429
+        assert reply.headers["retry-after"] == "1"
+        assert server.post("/tokenize", {"prompt": "x" * 600}).status == 429
+        for connection in open_ones:
+            connection.close()
+        wait_until(lambda: server.post("/tokenize", {"prompt": "x" * 600}).status == 200)
 
 
 # --- many at once

@@ -92,8 +92,8 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         "--body-limit",
         metavar="SIZE",
         type=size_option,
-        default=4 * 2**20,
-        help="largest request (default: 4MiB)",
+        default=2**20,
+        help="largest request (default: 1MiB)",
     )
     group.add_argument(
         "--no-grammars",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -118,8 +119,8 @@ class Answer:
     done: bool = False
     # In the cache:
     sequence: int | None = None
-    ids: list[int] = field(default_factory=list)
-    """Prompt and answer."""
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    """Prompt and answer; 4 bytes each, because many may wait."""
     fed: int = 0
     """How many of `ids` are in the cache."""
     depth: int = -1
@@ -135,7 +136,7 @@ class Answer:
     stream: TokenStream | None = None
 
     def __post_init__(self) -> None:
-        self.ids = list(self.request.prompt)
+        self.ids = array("i", self.request.prompt)
         self.stops = Stops(self.request.stop)
 
     @property

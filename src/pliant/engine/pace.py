@@ -18,7 +18,7 @@ class Pace:
 
     __slots__ = ("_answers", "_least", "_most", "_stretch", "_token")
 
-    def __init__(self, *, stretch: float = 0.8, least: int = 8, most: int = 256) -> None:
+    def __init__(self, *, stretch: float = 0.6, least: int = 8, most: int = 256) -> None:
         """`stretch`: by how much prompts may lengthen a step that continues answers, as a part of
         its time. `least`, `most`: bounds on the tokens of a step, whatever they take."""
         self._stretch = stretch

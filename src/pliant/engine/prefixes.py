@@ -17,9 +17,9 @@ __all__ = ["Prefixes", "page_keys"]
 
 
 def page_keys(
-    ids: Sequence[int], page_tokens: int, depth: int, known: Sequence[bytes] = ()
+    ids: array[int], page_tokens: int, depth: int, known: Sequence[bytes] = ()
 ) -> list[bytes]:
-    """The digest of each whole page of `ids`, over the depth and all tokens up to its end.
+    """The digest of each whole page of `ids` (int32), over the depth and all tokens to its end.
 
     `depth`: rungs with which the pages are computed; pages of another depth are other pages.
     `known`: digests of the first pages, which are not computed again. 128 bits of BLAKE2b: nobody
@@ -28,7 +28,7 @@ def page_keys(
     keys = list(known)
     for start in range(len(keys) * page_tokens, len(ids) - page_tokens + 1, page_tokens):
         digest = hashlib.blake2b(keys[-1] if keys else b"%d" % depth, digest_size=16)
-        digest.update(array("i", ids[start : start + page_tokens]).tobytes())
+        digest.update(ids[start : start + page_tokens].tobytes())
         keys.append(digest.digest())
     return keys
 

@@ -29,6 +29,9 @@ __all__ = ["Counters", "Deliver", "Scheduler", "State"]
 Deliver = Callable[[list[tuple[Answer, Piece]]], None]
 """Takes what a step made; called in the scheduler's thread and must not wait."""
 
+MOST_TOKENS = 2**20
+"""Tokens of prompts that may wait: 4 bytes for each."""
+
 _ANSWER_COST = 2.0  # of a token of an answer, in tokens of a prompt, when shares are counted
 
 
@@ -95,7 +98,8 @@ class Scheduler:
         # Guarded by _wake:
         self._new: deque[Answer] = deque()
         self._cancelled: deque[Answer] = deque()
-        self._queued = 0  # answers that were submitted and have no place yet
+        self._queued = 0  # answers that were submitted and have no place yet,
+        self._tokens = 0  # and their tokens
         self._orders: deque[tuple[Callable[[], None], threading.Event]] = deque()
         self._held = 0  # calls of resize that need the cache empty
         self._closing = False  # no new requests
@@ -134,12 +138,20 @@ class Scheduler:
                     "again later",
                     self._wait_estimate(),
                 )
+            tokens = sum(len(request.prompt) for request in requests)
+            if self._tokens + tokens > MOST_TOKENS:
+                raise BusyError(
+                    f"requests of {self._tokens} tokens wait already, and {MOST_TOKENS} may: try "
+                    "again later",
+                    self._wait_estimate(),
+                )
             answers = []
             for request in requests:
                 self._number += 1
                 answers.append(Answer(request, self._number))
             self._new.extend(answers)
             self._queued += len(answers)
+            self._tokens += tokens
             self._wake.notify()
         return answers
 
@@ -325,9 +337,7 @@ class Scheduler:
             answer.cached = answer.fed
         for key in answer.keys[len(found) :]:
             self._making.setdefault(key, answer)
-        self._waiting.remove(answer)
-        with self._wake:
-            self._queued -= 1
+        self._unqueue(answer)
         self._running.append(answer)
 
     # --- one step
@@ -343,7 +353,7 @@ class Scheduler:
             rows, depth = self.model._step(
                 [answer.sequence for answer, _ in parts if answer.sequence is not None],
                 [count for _, count in parts],
-                np.array([token for part in ids for token in part], np.int32),
+                np.concatenate([np.frombuffer(part, np.int32) for part in ids]),
                 want,
             )
         except (EngineError, BudgetError) as error:
@@ -474,6 +484,7 @@ class Scheduler:
         self._waiting.add(answer, active | {answer.request.key})
         with self._wake:
             self._queued += 1
+            self._tokens += len(answer.request.prompt)
 
     def _preempt_all(self) -> None:
         for answer in list(self._running):
@@ -497,13 +508,17 @@ class Scheduler:
 
     def _end(self, answer: Answer, piece: Piece) -> None:
         self._give_back(answer)
-        if self._waiting.remove(answer):
-            with self._wake:
-                self._queued -= 1
+        self._unqueue(answer)
         answer.done = True
         reason = piece.finish_reason or "error"
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
         self._out.append((answer, piece))
+
+    def _unqueue(self, answer: Answer) -> None:
+        if self._waiting.remove(answer):
+            with self._wake:
+                self._queued -= 1
+                self._tokens -= len(answer.request.prompt)
 
     def _hand_out(self) -> None:
         if self._out:

@@ -60,7 +60,7 @@ def make_app(
     compiler: Compiler | None = None,
     keys: Iterable[str] = (),
     local: bool = True,
-    body_limit: int = 4 * 2**20,
+    body_limit: int = 2**20,
     most_running: int = 16,
     most_waiting: int = 256,
     patience: float = 30.0,

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
 from pliant.engine.answers import Answer, Piece, Request
@@ -19,23 +20,38 @@ T = TypeVar("T")
 
 
 class Flow:
-    """The pieces of some answers, in the order in which they come. Closing it cancels them."""
+    """The pieces of some answers. Closing it cancels them.
+
+    What a slow reader has not taken yet is kept as one piece for each answer.
+    """
 
     def __init__(self, bridge: Bridge, answers: Sequence[Answer]) -> None:
         self.answers = list(answers)
         self._bridge = bridge
-        self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        self._open = {answer.number: at for at, answer in enumerate(answers)}
+        self._pending: dict[int, Piece] = {}
+        self._come = asyncio.Event()
+        self._places = {answer.number: at for at, answer in enumerate(answers)}
 
     def put(self, answer: Answer, piece: Piece) -> None:
         """In the event loop: a piece has come."""
-        self._queue.put_nowait((self._open[answer.number], piece))
+        at = self._places[answer.number]
+        before = self._pending.get(at)
+        if before is not None:
+            piece = replace(
+                piece, text=before.text + piece.text, choices=before.choices + piece.choices
+            )
+        self._pending[at] = piece
+        self._come.set()
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """The place of an answer, and a piece of it; until all have ended."""
         left = len(self.answers)
         while left:
-            at, piece = await self._queue.get()
+            await self._come.wait()
+            at = next(iter(self._pending))
+            piece = self._pending.pop(at)
+            if not self._pending:
+                self._come.clear()
             left -= piece.last
             yield at, piece
 

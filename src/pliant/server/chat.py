@@ -14,7 +14,7 @@ from starlette.responses import Response
 from pliant.engine.answers import Choice
 from pliant.engine.seam import Tokenizer
 from pliant.server.bridge import Flow
-from pliant.server.guard import note, who_asks
+from pliant.server.guard import body_of, note, who_asks
 from pliant.server.prepare import (
     Kitchen,
     ToolUse,
@@ -34,7 +34,7 @@ __all__ = ["chat_completions", "template_messages", "text_of", "tool_dict"]
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     kitchen: Kitchen = request.app.state.kitchen
-    asked = parse(await request.body(), ChatRequest)
+    asked = parse(body_of(request), ChatRequest)
     kitchen.check_name(asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise Problem(400, "top_logprobs needs logprobs: true", param="top_logprobs")

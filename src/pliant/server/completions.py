@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from pliant.engine.answers import Choice
 from pliant.server.bridge import Flow
-from pliant.server.guard import note, who_asks
+from pliant.server.guard import body_of, note, who_asks
 from pliant.server.prepare import Kitchen, finish_reason, quality, quality_headers, usage_of
 from pliant.server.problems import Problem
 from pliant.server.replies import Events, collect, event, json_reply, piece_problem, while_here
@@ -27,7 +27,7 @@ MOST_PROMPTS = 128
 async def completions(request: Request) -> Response:
     """Continue texts."""
     kitchen: Kitchen = request.app.state.kitchen
-    asked = parse(await request.body(), CompletionRequest)
+    asked = parse(body_of(request), CompletionRequest)
     kitchen.check_name(asked.model)
     if asked.stream_options is not None and not asked.stream:
         raise Problem(400, "stream_options needs stream: true", param="stream_options")

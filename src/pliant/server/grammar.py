@@ -77,6 +77,10 @@ class Guide:
         """Whether nothing may follow."""
         return self._matcher.is_stopped()
 
+    def copy(self) -> Guide:
+        """Another from the same beginning, which shares what was worked out."""
+        return Guide(self._matcher.deep_copy())
+
     def _check(self) -> None:
         if self._matcher.is_error():
             raise UsageError(f"the form that was asked for failed: {_first(self._matcher)}")

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pliant.engine.answers import Answer
 from pliant.server.problems import Problem
 
-__all__ = ["Guard", "JsonLines", "is_loopback", "note", "who_asks"]
+__all__ = ["Guard", "JsonLines", "body_of", "is_loopback", "note", "who_asks"]
 
 LOG = logging.getLogger("pliant.server")
 
@@ -30,6 +30,9 @@ BODY_SECONDS = 30.0
 _READ_PAST = 16
 """A body up to so many times too large is read to its end and thrown away: many clients see the
 answer only once they have sent everything."""
+
+_BODIES = 4
+"""Bodies of the largest size that may be in memory at once."""
 
 _OPEN = frozenset({"/", "/page.css", "/page.js", "/health", "/ready"})
 _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -57,9 +60,38 @@ def who_asks(request: Request) -> str:
     return who
 
 
+def body_of(request: Request) -> bytes:
+    """The body of a request. It can be taken once, so that nobody keeps it."""
+    body: bytes = request.scope.pop("pliant.body", b"")
+    return body
+
+
 def note(request: Request, *, answers: Sequence[Answer]) -> None:
-    """What the log shall say of the answers to a request."""
+    """The body has become these answers: what the log shall say of the request."""
     request.scope["pliant.answers"] = list(answers)
+    request.scope["pliant.bytes"].free()
+
+
+class _Bytes:
+    """How much of the memory for bodies a request holds."""
+
+    __slots__ = ("_all", "_mine", "_most")
+
+    def __init__(self, held: list[int], most: int) -> None:
+        self._all = held
+        self._most = most
+        self._mine = 0
+
+    def take(self, count: int) -> bool:
+        if self._all[0] + count > self._most:
+            return False
+        self._all[0] += count
+        self._mine += count
+        return True
+
+    def free(self) -> None:
+        self._all[0] -= self._mine
+        self._mine = 0
 
 
 class JsonLines(logging.Formatter):
@@ -91,6 +123,7 @@ class Guard:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._body_limit = body_limit
         self._local = local and not self._keys
+        self._held = [0]  # bytes of bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -109,16 +142,18 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), *more]}
             await send(message)
 
+        held = scope["pliant.bytes"] = _Bytes(self._held, _BODIES * self._body_limit)
         try:
             self._check(scope)
-            body = await self._body(scope, receive)
-            await self._app(scope, _replayed(body, receive), watched)
+            scope["pliant.body"] = await self._body(scope, receive, held)
+            await self._app(scope, receive, watched)
         except Problem as problem:
             if not status:
                 await _refuse(problem, watched)
         except ClientDisconnect:
             status = status or 499
         finally:
+            held.free()
             self._log(scope, name, status, time.perf_counter() - begin)
 
     def _check(self, scope: Scope) -> None:
@@ -152,7 +187,7 @@ class Guard:
                     415, f"the body must be JSON: Content-Type: application/json, not {kind!r}"
                 )
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, held: _Bytes) -> bytes:
         if scope["method"] not in ("POST", "PUT"):
             return b""
         chunks, size = [], 0
@@ -165,6 +200,11 @@ class Guard:
                     chunk = message.get("body", b"")
                     size += len(chunk)
                     if size <= self._body_limit:
+                        if not held.take(len(chunk)):
+                            raise Problem(
+                                429, "too many large requests come at once: try again later",
+                                code="too_many_bytes", headers={"Retry-After": "1"},
+                            )  # fmt: skip
                         chunks.append(chunk)
                     elif size > _READ_PAST * self._body_limit:
                         raise self._too_large()
@@ -202,20 +242,6 @@ class Guard:
                 if key in ("bits_per_weight", "expected_kl")
             }
         LOG.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Receives the body that was read, and then what really comes."""
-    first = True
-
-    async def replay() -> Message:
-        nonlocal first
-        if first:
-            first = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return replay
 
 
 async def _refuse(problem: Problem, send: Send) -> None:

@@ -14,6 +14,7 @@ from pliant.engine.kinds import Report
 from pliant.engine.scheduler import State
 from pliant.errors import BudgetError, PliantError
 from pliant.server.chat import template_messages
+from pliant.server.guard import body_of
 from pliant.server.metrics import Metrics
 from pliant.server.prepare import Kitchen
 from pliant.server.problems import Problem
@@ -74,7 +75,7 @@ def _model(request: Request) -> dict[str, Any]:
 async def tokenize(request: Request) -> Response:
     """POST /tokenize"""
     kitchen = _kitchen(request)
-    asked = parse(await request.body(), TokenizeRequest)
+    asked = parse(body_of(request), TokenizeRequest)
     kitchen.check_name(asked.model)
     if (asked.prompt is None) == (asked.messages is None):
         raise Problem(400, "give either prompt or messages", param="prompt")
@@ -91,7 +92,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """POST /detokenize"""
     kitchen = _kitchen(request)
-    asked = parse(await request.body(), DetokenizeRequest)
+    asked = parse(body_of(request), DetokenizeRequest)
     kitchen.check_name(asked.model)
     vocab = kitchen.model.tokenizer.vocab_size
     for token in asked.tokens:
@@ -122,7 +123,7 @@ async def budget(request: Request) -> Response:
 async def set_budget(request: Request) -> Response:
     """PUT /v1/budget: answers once the new budget holds, or refuses it and changes nothing."""
     kitchen = _kitchen(request)
-    asked = parse(await request.body(), BudgetRequest)
+    asked = parse(body_of(request), BudgetRequest)
     counted: Metrics = request.app.state.metrics
     try:
         await kitchen.bridge.move(asked.memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -100,7 +101,7 @@ class Kitchen:
             guides = await self.bridge.work(self._guides, form, len(guides))
         requests = []
         for at, prompt in enumerate(prompts):
-            ids = list(prompt) or ([] if end.bos is None else [end.bos])
+            ids = array("i", prompt or ([] if end.bos is None else [end.bos]))
             if not ids:
                 raise Problem(400, "the prompt is empty, and this model has no token to begin with",
                               param="prompt")  # fmt: skip
@@ -213,9 +214,10 @@ class Kitchen:
             "lark": self.compiler.lark,
         }[form.kind]
         try:
-            return [make(form.source) for _ in range(count)]
+            first = make(form.source)
         except UsageError as error:
             raise Problem(400, str(error), param="response_format") from error
+        return [first, *(first.copy() for _ in range(count - 1))]
 
     def _bias(self, given: dict[str, float] | None) -> dict[int, float]:
         vocab, bias = self.model.pack.manifest.model.vocab, {}

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from pliant.server import schema
 from pliant.server.bridge import Flow
 from pliant.server.chat import template_messages, text_of
-from pliant.server.guard import note, who_asks
+from pliant.server.guard import body_of, note, who_asks
 from pliant.server.prepare import Form, Kitchen, ToolUse, quality, quality_headers
 from pliant.server.problems import Problem
 from pliant.server.replies import Events, collect, event, json_reply, piece_problem, while_here
@@ -26,7 +26,7 @@ __all__ = ["responses"]
 async def responses(request: Request) -> Response:
     """Answer an input."""
     kitchen: Kitchen = request.app.state.kitchen
-    asked = parse(await request.body(), ResponsesRequest)
+    asked = parse(body_of(request), ResponsesRequest)
     kitchen.check_name(asked.model)
     choice = asked.tool_choice
     use = kitchen.tool_use(

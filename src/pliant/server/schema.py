@@ -32,12 +32,18 @@ __all__ = [
 
 T = TypeVar("T")
 
+MOST_VALUES = 2**17
+"""Values in a body, about: what they take in memory is many times what they take in the body."""
+
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`(?: - at `\$\.?([^`]*)`)?")
 _PLACE = re.compile(r" - at `\$\.?([^`]*)`")
 
 
 def parse(body: bytes, kind: type[T]) -> T:
     """A request from its JSON; or a Problem that names the field."""
+    values = body.count(b",") + body.count(b"[") + body.count(b"{")
+    if values > MOST_VALUES:
+        raise Problem(413, f"the body may have {MOST_VALUES} values, and it has some {values}")
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -45,7 +47,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     keys: Sequence[str] = ()
-    body_limit: int = 4 * 2**20
+    body_limit: int = 2**20
     connections: int = 512
     most_running: int = 16
     most_waiting: int = 256
@@ -115,6 +117,7 @@ def serve(settings: Settings, told: Callable[[str], None]) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            date_header=False,  # it is made by the loop that we have no use for
             limit_concurrency=settings.connections,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=math.ceil(settings.patience) + 1,
@@ -125,7 +128,25 @@ def serve(settings: Settings, told: Callable[[str], None]) -> None:
         # uvicorn stops with grace, and then raises the signal again for whoever was there before.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: None)
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Sleeps until it is told to end, where uvicorn looks ten times a second."""
+
+    _ended: asyncio.Event | None = None
+    _loop: asyncio.AbstractEventLoop
+
+    async def main_loop(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        if not self.should_exit:
+            await self._ended.wait()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self._ended is not None:
+            self._loop.call_soon_threadsafe(self._ended.set)
 
 
 def _listen(host: str, port: int) -> socket.socket:
