@@ -9,46 +9,54 @@ from __future__ import annotations
 
 __all__ = ["Pace"]
 
-_WEIGHT = 0.2  # of a new observation
+_WEIGHT = 0.3  # of a new observation
 _OUTLIER = 8.0  # an observation is believed up to this many times the estimate
+_PROBE = 32  # steps with prompts after which one without is made, to see how long that takes
 
 
 class Pace:
     """Estimates the time of a step as that of its answers plus that of its tokens of prompts."""
 
-    __slots__ = ("_answers", "_least", "_most", "_stretch", "_token")
+    __slots__ = ("_alone", "_answers", "_least", "_most", "_since", "_stretch", "_token")
 
-    def __init__(self, *, stretch: float = 0.6, least: int = 8, most: int = 256) -> None:
+    def __init__(self, *, stretch: float = 0.6, least: int = 1, most: int = 256) -> None:
         """`stretch`: by how much prompts may lengthen a step that continues answers, as a part of
         its time. `least`, `most`: bounds on the tokens of a step, whatever they take."""
         self._stretch = stretch
         self._least = least
         self._most = most
-        self._answers: float | None = None  # seconds of a step without prompts
+        self._alone: float | None = None  # seconds of a step without prompts,
+        self._answers = 0  # with so many answers
+        self._since = 0  # steps after that one
         self._token: float | None = None  # seconds of a token of a prompt
 
     def allowance(self, answers: int) -> int:
-        """Tokens of prompts for a step that continues `answers` answers."""
+        """Tokens of prompts for a step that continues `answers` answers; now and then none."""
         if not answers:
             return self._most
-        if self._answers is None or self._token is None:
+        changed = not self._answers / 2 < answers < self._answers * 2
+        if self._alone is None or changed or self._since >= _PROBE:
+            return 0
+        if self._token is None:
             return self._least
-        fit = int(self._stretch * self._answers / self._token)
+        fit = int(min(self._stretch * self._alone / self._token, self._most))
         return min(max(fit, self._least), self._most)
 
     def observe(self, answers: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step."""
+        self._since += 1
         if not prompt_tokens:
-            self._answers = _blend(self._answers, seconds)
+            near = self._answers / 2 < answers < self._answers * 2
+            self._alone = _blend(self._alone if near else None, seconds)
+            self._answers = answers
+            self._since = 0
         elif not answers:
             # Many tokens at once are cheaper than few: only a first guess for a mixed step.
             if self._token is None:
                 self._token = max(seconds / prompt_tokens, 1e-9)
-        elif self._answers is not None:
-            rest = max(seconds - self._answers, 0.1 * seconds)
+        elif self._alone is not None:
+            rest = max(seconds - self._alone, 0.1 * seconds)
             self._token = _blend(self._token, max(rest / prompt_tokens, 1e-9))
-        else:
-            self._answers = seconds / 2
 
 
 def _blend(old: float | None, new: float) -> float:

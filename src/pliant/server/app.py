@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pliant.engine.model import Model
+from pliant.engine.pace import Pace
 from pliant.errors import PliantError
 from pliant.server import operation
 from pliant.server.bridge import Bridge
@@ -64,15 +65,17 @@ def make_app(
     most_running: int = 16,
     most_waiting: int = 256,
     patience: float = 30.0,
+    pace: Pace | None = None,
 ) -> Starlette:
     """An ASGI application that serves `model` under `name`.
 
     `compiler`: for answers of a given form; without, they are refused. `keys`: API keys; none are
     needed if there are none. `local`: take only requests that name this machine, if there are no
     keys. `most_running`: answers in a step; the model must have been loaded for as many.
-    `patience`: seconds in which answers may be finished when the application stops.
+    `patience`: seconds in which answers may be finished when the application stops. `pace`: how
+    prompts are read beside answers.
     """
-    bridge = Bridge(model, most_running=most_running, most_waiting=most_waiting)
+    bridge = Bridge(model, most_running=most_running, most_waiting=most_waiting, pace=pace)
     counted = Metrics()
     bridge.begun = counted.begin
     bridge.watch = counted.piece

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import msgspec
 from starlette.applications import Starlette
 
+from pliant.engine.pace import Pace
 from pliant.errors import UsageError
 from pliant.server.serve import Settings, open_app
 from pliant.server.tools import new_id
@@ -109,8 +110,8 @@ def run_batch(settings: Settings, source: str, target: str, show: Show) -> Progr
         left = in_order([place for place in places if place.id not in done])
         progress = Progress(len(places), skipped=len(places) - len(left))
         if left:
-            # The lines of the file are the queue.
-            settings = replace(settings, most_waiting=2**20)
+            # The lines of the file are the queue, and nobody waits for a single token.
+            settings = replace(settings, most_waiting=2**20, pace=Pace(least=256))
             with open_app(settings) as app, open(target, "ab") as answers:  # noqa: PTH123
                 asyncio.run(_Batch(app, settings, requests, answers, progress, show).run(left))
     return progress

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from pliant.engine.answers import Answer, Piece, Request
 from pliant.engine.model import Model
+from pliant.engine.pace import Pace
 from pliant.engine.scheduler import Scheduler
 from pliant.memory.plan import Plan
 
@@ -63,10 +64,12 @@ class Flow:
 class Bridge:
     """Submits requests and spreads what comes back. Belongs to one event loop."""
 
-    def __init__(self, model: Model, *, most_running: int, most_waiting: int) -> None:
+    def __init__(
+        self, model: Model, *, most_running: int, most_waiting: int, pace: Pace | None = None
+    ) -> None:
         self.model = model
         self.scheduler = Scheduler(
-            model, self._deliver, most_running=most_running, most_waiting=most_waiting
+            model, self._deliver, most_running=most_running, most_waiting=most_waiting, pace=pace
         )
         self.watch: Callable[[Answer, Piece], None] = lambda answer, piece: None
         """Called in the event loop with every piece, wanted or not."""

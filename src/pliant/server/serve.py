@@ -22,6 +22,7 @@ import uvicorn.protocols.http.h11_impl
 from starlette.applications import Starlette
 
 from pliant.engine.loading import load
+from pliant.engine.pace import Pace
 from pliant.engine.seam import Tokenizer
 from pliant.errors import UsageError
 from pliant.server.app import make_app
@@ -53,6 +54,7 @@ class Settings:
     most_waiting: int = 256
     patience: float = 30.0
     grammars: bool = True
+    pace: Pace | None = None
     log_level: str = "info"
 
 
@@ -95,6 +97,7 @@ def open_app(settings: Settings) -> Iterator[Starlette]:
             most_running=settings.most_running,
             most_waiting=settings.most_waiting,
             patience=settings.patience,
+            pace=settings.pace,
         )
 
 
