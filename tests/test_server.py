@@ -265,6 +265,57 @@ def test_other_forms_of_answers(server: Server) -> None:
     assert text({"type": "text"})
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "grammar", "grammar": 'start: s\ns: s s | "a" | "b" | ""\n'},
+        {"type": "grammar", "grammar": 'start: a\na: a "x" | a a a | "y"\n'},
+        {"type": "grammar", "grammar": "start: a\na: a\n"},
+        {"type": "grammar", "grammar": "start: nothing\n"},
+        {"type": "regex", "regex": "(.*a){20}.*"},
+        {"type": "regex", "regex": "(?:(?:a?){50}){50}a{50}"},
+        {"type": "regex", "regex": ".*(a|b|c).{200}"},
+        {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}},
+        {"type": "json_schema", "json_schema": {"schema": {"type": "string", "minLength": 5000}}},
+        {"type": "json_schema", "json_schema": {"schema": True}},
+        {"type": "json_schema", "json_schema": {"schema": {"frobnicate": 1}}},
+        {
+            "type": "json_schema",
+            "json_schema": {
+                "schema": {
+                    "type": "object",
+                    "properties": {f"p{i}": {"type": "string"} for i in range(2000)},
+                }
+            },
+        },
+    ],
+    ids=[
+        "ambiguous",
+        "recursive",
+        "endless",
+        "missing",
+        "lazy",
+        "powers",
+        "window",
+        "self",
+        "long",
+        "anything",
+        "unknown",
+        "wide",
+    ],
+)
+def test_forms_that_are_too_much_end_or_are_refused(server: Server, form: Any) -> None:
+    body = {"prompt": "x", "max_tokens": 200, "seed": 1, "response_format": form}
+    reply = server.post("/v1/completions", body)
+    assert reply.status in (200, 400)
+    if reply.status == 200:
+        assert reply.json["choices"][0]["finish_reason"] in ("stop", "length")
+    else:
+        assert "form" in reply.error["message"] or "cannot be used" in reply.error["message"]
+    plain_one = server.post("/v1/completions", {"prompt": "x", "max_tokens": 2})
+    assert plain_one.status == 200
+
+
 def test_a_function_is_called_when_it_must_be(client: openai.OpenAI) -> None:
     options: Any = {"model": "tiny", "messages": MESSAGES, "tools": [WEATHER], "max_tokens": 100}
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):

@@ -63,7 +63,7 @@ async def chat_completions(request: Request) -> Response:
         form=form,
     )
     reply = _Reply(kitchen, flow, use, bool(asked.logprobs))
-    note(request, answers=flow.answers)
+    note(request, answers=flow.answers, user=asked.user)
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         depth = kitchen.model.depth

@@ -46,7 +46,7 @@ async def completions(request: Request) -> Response:
         top_logprobs=asked.logprobs,
         form=kitchen.form_of(asked.response_format, None),
     )
-    note(request, answers=flow.answers)
+    note(request, answers=flow.answers, user=asked.user)
     reply = _Reply(kitchen, flow, len(prompts), asked.logprobs is not None)
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage

@@ -27,6 +27,8 @@ MAX_SOURCE = 2**16
 ANY_OBJECT = '{"type": "object"}'
 """The schema of `json_object`."""
 
+_ROW_ITEMS = {"schema": 2000, "grammar": 400}
+
 # White space between the parts of JSON says nothing, and a small model may never stop making it.
 _COMPACT: JsonCompileOptions = {
     "whitespace_flexible": False,
@@ -99,12 +101,9 @@ class Compiler:
             for i in range(tokenizer.vocab_size)
             if tokenizer.is_special(i)
         }
-        self._limits = llguidance.LLParserLimits(
-            step_lexer_fuel=50_000,
-            step_max_items=20_000,
-            max_lexer_states=4_000,
-            max_grammar_size=50_000,
-        )
+        # The work for a token grows with the square of the items in a row where a grammar can be
+        # read in many ways; those of JSON schemas can not.
+        self._limits = {kind: _limits(items) for kind, items in _ROW_ITEMS.items()}
 
     def schema(self, schema: str) -> Guide:
         """JSON that a schema allows. UsageError if it is no schema or has what is not supported."""
@@ -113,24 +112,27 @@ class Compiler:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT)
         except ValueError as error:
             raise UsageError(f"the JSON schema cannot be used: {error}") from error
-        return self._guide(grammar, "JSON schema")
+        return self._guide(grammar, "JSON schema", "schema")
 
     def regex(self, regex: str) -> Guide:
         """Text that a regular expression matches as a whole."""
         self._bound(regex)
-        return self._guide(llguidance.LLMatcher.grammar_from_regex(regex), "regular expression")
+        grammar = llguidance.LLMatcher.grammar_from_regex(regex)
+        return self._guide(grammar, "regular expression", "grammar")
 
     def lark(self, grammar: str) -> Guide:
         """Text of a grammar in the Lark form of llguidance."""
         self._bound(grammar)
-        return self._guide(llguidance.LLMatcher.grammar_from_lark(grammar), "grammar")
+        return self._guide(llguidance.LLMatcher.grammar_from_lark(grammar), "grammar", "grammar")
 
     def is_special(self, text: str) -> bool:
         """Whether a text is a special token, which grammars write without quotes."""
         return text in self._special
 
-    def _guide(self, grammar: str, what: str) -> Guide:
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+    def _guide(self, grammar: str, what: str, kind: str) -> Guide:
+        matcher = llguidance.LLMatcher(
+            self._tokenizer, grammar, log_level=0, limits=self._limits[kind]
+        )
         if matcher.is_error():
             raise UsageError(f"the {what} cannot be used: {_first(matcher)}")
         guide = Guide(matcher)
@@ -148,3 +150,13 @@ class Compiler:
 def _first(matcher: llguidance.LLMatcher) -> str:
     lines = matcher.get_error().strip().splitlines()
     return lines[0][:300] if lines else "for no known reason"
+
+
+def _limits(items: int) -> llguidance.LLParserLimits:
+    return llguidance.LLParserLimits(
+        max_items_in_row=items,
+        step_lexer_fuel=50_000,
+        step_max_items=20_000,
+        max_lexer_states=4_000,
+        max_grammar_size=50_000,
+    )

@@ -66,9 +66,10 @@ def body_of(request: Request) -> bytes:
     return body
 
 
-def note(request: Request, *, answers: Sequence[Answer]) -> None:
+def note(request: Request, *, answers: Sequence[Answer], user: str | None) -> None:
     """The body has become these answers: what the log shall say of the request."""
     request.scope["pliant.answers"] = list(answers)
+    request.scope["pliant.user"] = user
     request.scope["pliant.bytes"].free()
 
 
@@ -232,6 +233,8 @@ class Guard:
             "status": status,
             "seconds": round(seconds, 4),
         }
+        if scope.get("pliant.user") is not None:
+            fields["user"] = scope["pliant.user"]
         if answers:
             fields["prompt_tokens"] = len(answers[0].request.prompt)
             fields["cached_tokens"] = answers[0].cached

@@ -126,7 +126,7 @@ class Kitchen:
                         eos=eos,
                         top_logprobs=top_logprobs,
                         constraint=guides[at * n + choice],
-                        key=f"{who}\0{asked.user or ''}",
+                        key=who,
                         priority=asked.priority or 0,
                         deadline=None if deadline is None else now + deadline,
                     )

@@ -46,7 +46,7 @@ async def responses(request: Request) -> Response:
     flow = await kitchen.submit(
         asked, [prompt], who=who_asks(request), max_tokens=asked.max_output_tokens, form=form
     )
-    note(request, answers=flow.answers)
+    note(request, answers=flow.answers, user=asked.user)
     reply = _Reply(kitchen, flow, use, asked)
     if asked.stream:
         depth = kitchen.model.depth
