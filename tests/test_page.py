@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this mac
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    path = write_tiny_pack(tmp_path_factory.mktemp("page") / "tiny.pack", least=2, layers=6)
+    path = write_tiny_pack(tmp_path_factory.mktemp("page") / "tiny.pack", least=2, layers=30)
     with (
         pliant.load(path, memory="400MiB", sessions=4, answers=16) as model,
         running_server(model) as running,
@@ -119,7 +119,7 @@ def test_the_memory_is_a_picture_and_a_table(page: Any, server: Server) -> None:
     assert {"weights", "kv", "interpreter"} <= set(owners)
     rows = page.locator("#depth tbody tr")
     assert rows.count() == 8  # seven kinds of matrices, and the embedding
-    assert page.locator("#depth tbody tr").nth(1).locator("td").count() == 6
+    assert page.locator("#depth tbody tr").nth(1).locator("td").count() == 30
     assert "plies" in page.locator("#depth tbody td").first.get_attribute("title")
 
 

@@ -493,6 +493,9 @@ def test_the_pace_keeps_steps_within_twice_their_time() -> None:
         tokens = pace.allowance(4)
         pace.observe(4, tokens, 0.05 + tokens * 0.002)
     assert pace.allowance(4) in (0, 19, 20)
+    pace.observe(4, 0, 0.05)
+    assert pace.allowance(4, 4) in (19, 20)
+    assert pace.allowance(4, 12) in (58, 59, 60)  # three times as many as answers
     assert pace.allowance(9) == 0  # many more answers: look again
     pace.observe(9, 0, 0.10)
     assert 38 <= pace.allowance(9) <= 40

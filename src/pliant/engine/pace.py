@@ -30,8 +30,11 @@ class Pace:
         self._since = 0  # steps after that one
         self._token: float | None = None  # seconds of a token of a prompt
 
-    def allowance(self, answers: int) -> int:
-        """Tokens of prompts for a step that continues `answers` answers; now and then none."""
+    def allowance(self, answers: int, prompts: int = 1) -> int:
+        """Tokens of prompts for a step that continues `answers` answers; now and then none.
+
+        Where more `prompts` are being read than answers go on, they get their share of the time.
+        """
         if not answers:
             return self._most
         changed = not self._answers / 2 < answers < self._answers * 2
@@ -39,7 +42,8 @@ class Pace:
             return 0
         if self._token is None:
             return self._least
-        fit = int(min(self._stretch * self._alone / self._token, self._most))
+        stretch = self._stretch * max(1.0, prompts / answers)
+        fit = int(min(stretch * self._alone / self._token, self._most))
         return min(max(fit, self._least), self._most)
 
     def observe(self, answers: int, prompt_tokens: int, seconds: float) -> None:

@@ -417,7 +417,7 @@ class Scheduler:
         reading = [answer for answer in self._running if answer.todo > 1]
         if not reading:
             return []
-        allowance = self._pace.allowance(going)
+        allowance = self._pace.allowance(going, len(reading))
         oldest, *others = reading
         others.sort(key=lambda answer: answer.todo)
         left = [(oldest, -(-allowance // 2) if others else allowance)]

@@ -54,6 +54,7 @@ function show(state) {
   history.push(budget);
   if (history.length > POINTS) history.shift();
   draw(budget);
+  legend(budget);
   ledger(budget);
   depth(state.matrices);
   work(state);
@@ -106,14 +107,33 @@ function placeLine(bytes, budget) {
   line.setAttribute('aria-valuetext', text);
 }
 
+function chipOf(colour) {
+  const chip = document.createElement('span');
+  chip.className = 'chip';
+  chip.style.background = `var(${colour})`;
+  return chip;
+}
+
+function legend(budget) {
+  const sums = new Map(); // by colour: the small ones share one
+  for (const name of owners(budget).reverse()) {
+    const colour = OWNERS[name] || '--small', before = sums.get(colour);
+    const touched = budget.ledger[name].touched + (before?.touched || 0);
+    sums.set(colour, { name: colour === '--small' ? 'others' : name, touched });
+  }
+  $('legend').replaceChildren(...[...sums].map(([colour, { name, touched }]) => {
+    const entry = document.createElement('span');
+    entry.append(chipOf(colour), `${name} ${size(touched)}`);
+    return entry;
+  }));
+}
+
 function ledger(budget) {
   const rows = owners(budget).reverse().map((name) => {
     const { touched, held } = budget.ledger[name];
-    const row = document.createElement('tr'), head = document.createElement('th'), chip = document.createElement('span');
+    const row = document.createElement('tr'), head = document.createElement('th');
     head.scope = 'row';
-    chip.className = 'chip';
-    chip.style.background = `var(${OWNERS[name] || '--small'})`;
-    head.append(chip, name);
+    head.append(chipOf(OWNERS[name] || '--small'), name);
     row.append(head, ...[touched, held].map((bytes) => {
       const cell = document.createElement('td');
       cell.textContent = `${(bytes / MIB).toFixed(1)} MiB`;
