@@ -50,7 +50,10 @@ class FakeExecutor:
         self.broken_rung: int | None = None
         self.read_seconds = 0.0
         self.step_seconds = 0.0
+        self.newest = 0
         self._busy = threading.Lock()
+        self._reading = threading.Lock()
+        self._end = threading.Lock()
 
     @property
     def arena_bytes(self) -> int:
@@ -60,17 +63,48 @@ class FakeExecutor:
     def kv_pages_used(self) -> int:
         return sum(-(-len(tokens) // PAGE_TOKENS) for tokens in self.sequences.values())
 
-    def read_rungs(self, locations: Sequence[tuple[int, int, int, int]]) -> None:
-        assert self.read + len(locations) <= self.rungs
-        time.sleep(self.read_seconds)
-        for number in range(self.read, self.read + len(locations)):
-            if number == self.broken_rung:
-                raise ChecksumError(f"rung {number} is broken")
-        self.read += len(locations)
-        self.most_read = max(self.most_read, self.read)
+    @property
+    def read_rungs_count(self) -> int:
+        return self.read
+
+    def overtake(self, ticket: int) -> None:
+        self.newest = max(self.newest, ticket)
+
+    def read_rungs(
+        self,
+        locations: Sequence[tuple[int, int, int, int]],
+        *,
+        first: int,
+        goal: int,
+        ticket: int,
+        threads: int,
+        direct: bool,
+        share: float,
+    ) -> bool:
+        assert self._reading.acquire(blocking=False), "two reads at a time"
+        try:
+            assert first + len(locations) <= self.rungs
+            end = time.monotonic() + self.read_seconds
+            while time.monotonic() < end and self.newest <= ticket:
+                time.sleep(0.0005)
+            for number in range(first, first + len(locations)):
+                if number == self.broken_rung:
+                    raise ChecksumError(f"rung {number} is broken")
+            with self._end:
+                if self.newest > ticket or first != self.read:
+                    return False
+                self.read += len(locations)
+                self.most_read = max(self.most_read, self.read)
+                return True
+        finally:
+            self._reading.release()
+
+    def discard(self, rungs: int) -> None:
+        with self._end:
+            self.read = min(self.read, max(rungs, self.resident_rungs))
 
     def publish(self, rungs: int) -> None:
-        with self._alone():
+        with self._alone(), self._end:
             assert 0 <= rungs <= self.read
             self.resident_rungs = self.read = rungs
 
@@ -98,6 +132,14 @@ class FakeExecutor:
 
     def trim_kv(self) -> int:
         return 0
+
+    def take_page(self, seq: int, page: int, into: npt.NDArray[np.uint8]) -> None:
+        tokens = self.sequences[seq][page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]
+        into[:] = np.resize(np.array([*tokens, *[0] * (160 - len(tokens))], "<i4").view("u1"), 640)
+
+    def put_page(self, seq: int, tokens: int, from_: npt.NDArray[np.uint8]) -> None:
+        assert len(self.sequences[seq]) % PAGE_TOKENS == 0
+        self.sequences[seq] += from_.view("<i4")[:tokens].tolist()
 
     def step(
         self,
@@ -203,7 +245,7 @@ def fake_model(rungs: int = 100, *, context: int = 2048, **wish: Any) -> Model:
             model=SimpleNamespace(vocab=VOCAB, context=context),
         ),
         rung_location=lambda rung: SimpleNamespace(
-            path=Path("/dev/null"), offset=0, bytes=RUNG, crc32=0
+            path=Path(__file__), offset=0, bytes=RUNG, crc32=0
         ),
     )
     sizes = PackSizes(

@@ -105,7 +105,7 @@ def running_server(model: pliant.Model, **options: Any) -> Iterator[Server]:
         thread.join(WAIT)
     assert not thread.is_alive()
     assert model._executor.kv_pages_used == 0
-    assert not model._lengths
+    assert not model._holdings.cache._entries
 
 
 def wait_until(condition: Any, seconds: float = WAIT) -> None:

@@ -265,9 +265,13 @@ def test_what_a_session_holds_is_kept_when_the_budget_shrinks() -> None:
 def test_sessions_share_the_pages_that_were_planned() -> None:
     model = fake_model(memory=FIXED + 60_000, context=512, sessions=2)
     with model.session() as one, model.session() as two, model.session() as three:
+        assert one.reserve(512)
         one.feed([1] * 512)
+        assert two.reserve(480)
         two.feed([1] * 480)
+        assert three.reserve(32)
         three.feed([1] * 32)
+        assert not two.reserve(481)
         with pytest.raises(EngineError, match="KV cache is full"):
             two.feed([1])
         assert len(two) == 480
@@ -390,6 +394,24 @@ def test_a_turn_is_given_in_the_order_in_which_it_was_asked_for() -> None:
     for thread in threads:
         thread.join()
     assert order == list(range(8))
+    order.clear()
+
+    def hurry() -> None:
+        with turns.next():
+            order.append(-1)
+
+    with turns:
+        threads = [threading.Thread(target=wait, args=(0,)), threading.Thread(target=hurry)]
+        for count, thread in enumerate(threads):
+            thread.start()
+            while len(turns._waiting) <= count:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == [-1, 0]
+    with turns.next():
+        assert turns.taken
+    assert not turns.taken
     with pytest.raises(KeyError), turns:
         raise KeyError
     with turns:

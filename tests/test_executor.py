@@ -323,3 +323,46 @@ def test_unused_memory_goes_back(tmp_path: Path) -> None:
     assert executor.memory()["kv"] == 7 * executor.kv_page_bytes
     assert executor.trim_kv() == 7 * executor.kv_page_bytes
     assert executor.memory()["kv"] == 0
+
+
+def test_a_hundred_thousand_changes_leave_nothing_behind(tmp_path: Path) -> None:
+    """The resident set after any number of changes is that of the depth, and of nothing else."""
+    from pliant.memory.budget import measure
+
+    pack = Pack.open(
+        write_random_pack(tmp_path / "pack", least=8, hidden=256, ffn=512, rung_bytes=32_768)
+    )
+    executor = build(pack)
+    rungs, sizes = executor.rungs, [0, *np.cumsum(pack.manifest.rungs.bytes).tolist()]
+    files = [(path, path.open("rb")) for path in {pack.rung_location(r).path for r in range(rungs)}]
+    numbers = {path: file.fileno() for path, file in files}
+    places = [
+        (numbers[where.path], where.offset, where.bytes, where.crc32)
+        for where in map(pack.rung_location, range(rungs))
+    ]
+    assert rungs >= 16
+    rng = np.random.default_rng(1)
+
+    def change(times: int) -> None:
+        for target, grow in rng.integers(0, (rungs + 1, 2), (times, 2)).tolist():
+            # Mostly small steps, so that there is time for so many.
+            at = executor.resident_rungs
+            if grow:
+                goal = min(at + 1 + target % 3, rungs)
+                executor.read_rungs(places[at:goal], threads=1)
+                executor.publish(goal)
+            else:
+                executor.publish(target if target % 8 == 0 and target < at else max(at - 2, 0))
+            assert executor.arena_bytes == sizes[executor.resident_rungs]
+
+    change(1000)
+    change(1000)
+    executor.publish(0)
+    before = measure().now
+    for _ in range(99):
+        change(1000)
+    executor.publish(0)
+    after = measure().now
+    assert abs(after - before) < 2**20
+    for _, file in files:
+        file.close()

@@ -192,10 +192,15 @@ def test_a_pack_without_plies_has_a_plan() -> None:
 
 def test_what_sessions_hold_is_not_taken() -> None:
     sizes = sizes_of([1000] * 50)
-    kept = make_plan(sizes, (), Wish(memory=50_000, least_context=2000))
+    promised = {"least_context": 2000, "least_pages": 63 + 20}
+    kept = make_plan(sizes, (), Wish(memory=60_000, **promised))
     assert kept.context >= 2000
-    with pytest.raises(BudgetError):
-        make_plan(sizes, (), Wish(memory=35_000, least_context=2000))
+    assert kept.kv == kept.kv_pages * 640 >= 83 * 640
+    assert kept.total <= 60_000
+    least = smallest(sizes, (), Wish(memory=1, sessions=4, **promised))
+    assert (least.kv_pages, least.context, least.rungs) == (83, 2000, 1)
+    with pytest.raises(BudgetError, match=r"(?s)2656 tokens in use or promised.*sum"):
+        make_plan(sizes, (), Wish(memory=53_000, **promised))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from pliant.engine.sampling import Sampling
 from pliant.engine.scheduler import Scheduler
 from pliant.engine.waiting import Waiting
 from pliant.errors import BudgetError, BusyError, DeadlineError, EngineError, UsageError
+from pliant.sizes import parse_size
 from tiny import write_tiny_pack
 
 PAGE = 32
@@ -75,7 +76,7 @@ def model(pack: Path) -> Iterator[pliant.Model]:
 
 def limited(model: pliant.Model, pages: int) -> None:
     """Give all sessions together only so many pages."""
-    model._pages = pages
+    model._holdings.cache.pages = pages
 
 
 def request(prompt: Any, tokens: int | None = 20, **options: Any) -> Request:
@@ -159,7 +160,7 @@ def test_answers_are_the_same_as_alone_whatever_comes_and_goes(
     assert state.used == state.kept  # finished answers hold nothing but prefixes
     scheduler.close()
     assert model._executor.kv_pages_used == 0
-    assert not model._lengths
+    assert not model._holdings.cache._entries
 
 
 def test_a_shared_beginning_is_computed_once(model: pliant.Model) -> None:
@@ -375,11 +376,13 @@ def test_a_budget_moves_while_answers_are_made(pack: Path) -> None:
         scheduler.start()
         answers = scheduler.submit([request([i + 3] * 100, 200, seed=i) for i in range(8)])
         with pytest.raises(BudgetError):
-            scheduler.resize("1MiB")
+            scheduler.move("1MiB")
         least = model.plan.total - model.plan.kv - model.plan.arena
         for size in (least + 1_000_000, "400MiB", least + 800_000, None):
-            plan = scheduler.resize(size)
-            assert plan == model.plan
+            scheduler.move(size)
+            assert model.change is not None
+            assert model.change.wait(WAIT)
+            assert model.budget == (None if size is None else parse_size(size))
         desk.wait(*answers)
         assert [len(answer.tokens) for answer in answers] == [200] * 8
         scheduler.close()

@@ -77,4 +77,5 @@ def write_tiny_pack(path: Path, *, template: str | None = TEMPLATE, **options: A
     if template is not None:
         files["chat_template.jinja"] = template.encode()
     options.setdefault("tokens", {"bos": 256, "eos": [257, 259], "add_bos": False})
-    return write_random_pack(path, vocab=VOCAB, extra_files=files, **options)
+    options.setdefault("vocab", VOCAB)
+    return write_random_pack(path, extra_files=files, **options)

@@ -82,32 +82,63 @@ float from_half(uint16_t h) {
     return h & 0x8000 ? -value : value;
 }
 
-nb::object step_logits(Executor& self, const std::vector<int>& sequences,
-                       const std::vector<int>& counts, const Array1<int32_t>& tokens,
-                       const std::vector<int>& want) {
+// A result as a NumPy array [rows][columns], which owns it.
+nb::object as_array(std::unique_ptr<float[]> values, size_t rows, size_t columns) {
+    float* data = values.release();
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(data, {rows, columns}, owner));
+}
+
+std::vector<Piece> pieces_from(const std::vector<int>& sequences, const std::vector<int>& counts,
+                               const std::vector<int>& want, const Array1<int32_t>& tokens) {
     if (sequences.size() != counts.size() || counts.size() != want.size())
         throw UsageError("step: seqs, counts and want must have one length");
     std::vector<Piece> pieces;
     size_t total = 0;
     for (size_t i = 0; i < counts.size(); ++i) {
-        if (counts[i] < 1 || want[i] < 0 || want[i] > 2)
+        if (counts[i] < 1 || want[i] < 0 || want[i] > 3)
             throw UsageError("step: a count must be positive and a want 0, 1 or 2");
-        pieces.push_back({sequences[i], counts[i], want[i]});
+        pieces.push_back({sequences[i], counts[i], static_cast<Want>(want[i])});
         total += static_cast<size_t>(counts[i]);
     }
     if (tokens.shape(0) != total)
         throw UsageError("step: " + std::to_string(tokens.shape(0)) +
                          " tokens, but the counts add up to " + std::to_string(total));
+    return pieces;
+}
+
+std::unique_ptr<float[]> room(size_t rows, int columns) {
+    return std::unique_ptr<float[]>(
+        new float[std::max<size_t>(rows * static_cast<size_t>(columns), 1)]);
+}
+
+nb::object step_logits(Executor& self, const std::vector<int>& sequences,
+                       const std::vector<int>& counts, const Array1<int32_t>& tokens,
+                       const std::vector<int>& want) {
+    const std::vector<Piece> pieces = pieces_from(sequences, counts, want, tokens);
+    for (const Piece& piece : pieces)
+        if (piece.want == Want::kStates)
+            throw UsageError("step: a count must be positive and a want 0, 1 or 2");
     const size_t rows = Executor::logit_rows(pieces);
-    const size_t vocab = static_cast<size_t>(self.model().vocab);
-    std::unique_ptr<float[]> logits(new float[std::max<size_t>(rows * vocab, 1)]);
+    std::unique_ptr<float[]> logits = room(rows, self.model().vocab);
     {
         nb::gil_scoped_release release;
-        self.step(pieces, tokens.data(), logits.get());
+        self.step(pieces, tokens.data(), logits.get(), nullptr);
     }
-    float* data = logits.release();
-    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
-    return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(data, {rows, vocab}, owner));
+    return as_array(std::move(logits), rows, static_cast<size_t>(self.model().vocab));
+}
+
+nb::object step_states(Executor& self, const std::vector<int>& sequences,
+                       const std::vector<int>& counts, const Array1<int32_t>& tokens) {
+    const std::vector<Piece> pieces =
+        pieces_from(sequences, counts, std::vector<int>(counts.size(), 3), tokens);
+    const size_t rows = tokens.shape(0);
+    std::unique_ptr<float[]> states = room(rows, self.model().hidden);
+    {
+        nb::gil_scoped_release release;
+        self.step(pieces, tokens.data(), nullptr, states.get());
+    }
+    return as_array(std::move(states), rows, static_cast<size_t>(self.model().hidden));
 }
 
 }  // namespace
@@ -120,7 +151,7 @@ void init_executor(nb::module_& module) {
             [](Executor* self, const nb::dict& model, int threads, const std::string& isa,
                int chunk) { new (self) Executor(model_from(model), threads, isa, chunk); },
             nb::arg("model"), nb::kw_only(), nb::arg("threads"), nb::arg("isa") = "auto",
-            nb::arg("chunk") = 64)
+            nb::arg("chunk") = 128)
         .def("set_vector",
              [](Executor& self, const std::string& name, const Array1<float>& values) {
                  self.set_vector(name, values.data(), values.shape(0));
@@ -175,16 +206,25 @@ void init_executor(nb::module_& module) {
         .def_prop_ro("resident_rungs",
                      [](const Executor& self) { return self.weights.published_rungs(); })
         .def_prop_ro("arena_bytes", [](const Executor& self) { return self.weights.arena_bytes(); })
+        .def("overtake", [](Executor& self, uint64_t ticket) { self.weights.overtake(ticket); })
         .def(
             "read_rungs",
-            [](Executor& self, const Locations& locations) {
+            [](Executor& self, const Locations& locations, std::optional<int> first, int goal,
+               uint64_t ticket, std::optional<int> threads, bool direct, double share) {
                 std::vector<RungSource> sources;
                 for (const auto& [fd, offset, bytes, crc] : locations)
                     sources.push_back({fd, offset, bytes, crc});
+                if (!(share > 0.0)) throw UsageError("a share of the time must be above 0");
+                const Reading how{ticket, goal, threads.value_or(self.threads()), direct, share};
                 nb::gil_scoped_release release;
-                self.weights.read(sources, self.threads());
+                return self.weights.read(first.value_or(self.weights.read_rungs()), sources, how);
             },
-            nb::arg("locations"))
+            nb::arg("locations"), nb::kw_only(), nb::arg("first") = nb::none(), nb::arg("goal") = 0,
+            nb::arg("ticket") = UINT64_MAX, nb::arg("threads") = nb::none(),
+            nb::arg("direct") = false, nb::arg("share") = 1.0)
+        .def(
+            "discard", [](Executor& self, int rungs) { self.weights.discard(rungs); },
+            nb::arg("rungs"), nb::call_guard<nb::gil_scoped_release>())
         .def(
             "publish", [](Executor& self, int rungs) { self.weights.publish(rungs); },
             nb::arg("rungs"), nb::call_guard<nb::gil_scoped_release>())
@@ -234,8 +274,37 @@ void init_executor(nb::module_& module) {
             [](Executor& self, const std::vector<int>& pages) { self.kv.drop(pages); },
             nb::arg("pages"))
         .def("trim_kv", [](Executor& self) { return self.kv.trim(); })
+        .def(
+            "take_page",
+            [](const Executor& self, int sequence, int page,
+               nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& into) {
+                const uint8_t* from = self.kv.page(sequence, page);
+                if (into.shape(0) != self.kv.page_bytes())
+                    throw UsageError("a KV page has " + std::to_string(self.kv.page_bytes()) +
+                                     " bytes");
+                std::copy_n(from, self.kv.page_bytes(), into.data());
+            },
+            nb::arg("seq"), nb::arg("page"), nb::arg("into"))
+        .def(
+            "put_page",
+            [](Executor& self, int sequence, int tokens, const Array1<uint8_t>& from) {
+                if (tokens < 1 || tokens > kPageTokens ||
+                    self.kv.length(sequence) % kPageTokens != 0)
+                    throw UsageError("a page of " + std::to_string(tokens) +
+                                     " tokens cannot follow " +
+                                     std::to_string(self.kv.length(sequence)));
+                if (from.shape(0) != self.kv.page_bytes())
+                    throw UsageError("a KV page has " + std::to_string(self.kv.page_bytes()) +
+                                     " bytes");
+                if (self.kv.pages_free() < 1) throw EngineError("the KV cache has no free page");
+                const int page = self.kv.length(sequence) / kPageTokens;
+                self.kv.extend(sequence, tokens);
+                std::copy_n(from.data(), from.shape(0), self.kv.page(sequence, page));
+            },
+            nb::arg("seq"), nb::arg("tokens"), nb::arg("from_"))
         .def("step", &step_logits, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"),
              nb::arg("want"))
+        .def("states", &step_states, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"))
         .def_prop_ro("isa", &Executor::isa)
         .def_prop_ro("threads", &Executor::threads)
         .def("memory", [](const Executor& self) {

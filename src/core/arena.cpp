@@ -42,14 +42,16 @@ Arena& Arena::operator=(Arena&& other) noexcept {
     std::swap(mapped_, other.mapped_);
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
+    std::swap(huge_, other.huge_);
     return *this;
 }
 
-void Arena::prefer_huge(size_t begin, size_t end) {
-    begin = begin / kHuge * kHuge;
+void Arena::prefer_huge(size_t end) {
     end = end / kHuge * kHuge;
     // Refusal is harmless: the memory then comes in small pages.
-    if (begin < end) (void)madvise(data_ + begin, end - begin, MADV_HUGEPAGE);
+    if (end > huge_) (void)madvise(data_ + huge_, end - huge_, MADV_HUGEPAGE);
+    if (end < huge_) (void)madvise(data_ + end, huge_ - end, MADV_NOHUGEPAGE);
+    huge_ = end;
 }
 
 void Arena::release(size_t begin, size_t end) {

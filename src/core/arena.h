@@ -22,9 +22,10 @@ class Arena {
     uint8_t* data() const { return data_; }
     size_t size() const { return size_; }
 
-    // Asks for huge pages in the part of [begin, end) that fills them: ten times cheaper to touch
-    // and to give back.
-    void prefer_huge(size_t begin, size_t end);
+    // Asks for huge pages below `end`, as far as it fills them, and for small pages above: huge
+    // ones are ten times cheaper to touch and to give back, but one that reaches beyond `end` would
+    // take memory that nobody planned.
+    void prefer_huge(size_t end);
     // Gives the memory of [begin, end) back to the kernel at once; it reads as zeros afterwards.
     // `begin` is rounded up and `end` down to whole pages.
     void release(size_t begin, size_t end);
@@ -34,6 +35,7 @@ class Arena {
     size_t mapped_ = 0;
     uint8_t* data_ = nullptr;
     size_t size_ = 0;
+    size_t huge_ = 0;  // where the huge pages end
 };
 
 }  // namespace pliant

@@ -74,40 +74,87 @@ struct OutputBuffer {
     Aligned<float> data;
 };
 
+// What a thread needs to attend for the queries of one task.
+struct AttentionRoom {
+    explicit AttentionRoom(size_t head)
+        : head_(head), data_(kMaxQueries * 3 * head), scalars_(kMaxQueries * 4) {}
+    size_t bytes() const { return data_.bytes() + scalars_.bytes(); }
+    float* query(int slot) const { return data_.data() + static_cast<size_t>(slot) * head_; }
+    Attended sum(int slot) const { return attended(1, slot); }
+    Attended more(int slot) const { return attended(2, slot); }
+
+  private:
+    Attended attended(int kind, int slot) const {
+        float* scalar = scalars_.data() + (kind - 1) * kMaxQueries * 2 + 2 * slot;
+        return {scalar, scalar + 1, query(kind * kMaxQueries + slot)};
+    }
+    size_t head_;
+    Aligned<float> data_, scalars_;
+};
+
 struct Executor::Buffers {
     Buffers(const ModelSpec& m, int threads, int chunk)
         : input(chunk, std::max({m.hidden, m.heads * m.head_dim, m.ffn})),
-          residual(chunk, m.hidden),
+          residual{{chunk, m.hidden}, {chunk, m.hidden}},
           q(chunk, m.heads * m.head_dim),
           k(chunk, m.kv_heads * m.head_dim),
           v(chunk, m.kv_heads * m.head_dim),
           gate(chunk, m.ffn),
           up(chunk, m.ffn),
           out(chunk, m.hidden),
-          cosine(static_cast<size_t>(chunk) * m.ropes.size() * static_cast<size_t>(m.head_dim / 2)),
-          sine(static_cast<size_t>(chunk) * m.ropes.size() * static_cast<size_t>(m.head_dim / 2)) {
+          half_(static_cast<size_t>(m.head_dim / 2)),
+          padded_head_((static_cast<size_t>(m.head_dim) + 15) / 16 * 16),
+          chunk_(static_cast<size_t>(chunk)),
+          most_parts_(static_cast<size_t>(m.context) / (kPartPages * kPageTokens) + 1),
+          cosine_(m.ropes.size() * chunk_ * half_),
+          sine_(m.ropes.size() * chunk_ * half_),
+          parts_(static_cast<size_t>(m.heads) * most_parts_ * padded_head_),
+          part_scalars_(static_cast<size_t>(m.heads) * most_parts_ * 2) {
         for (int i = 0; i < threads; ++i) {
             own.emplace_back(1, std::max({m.hidden, m.heads * m.head_dim, m.ffn}));
+            own_residual.emplace_back(static_cast<size_t>(m.hidden));
             scratch.emplace_back(kScratchBytes);
             head.emplace_back(static_cast<size_t>(chunk) * kHeadRows);
+            attention.emplace_back(padded_head_);
         }
     }
     size_t bytes() const {
-        size_t total = input.bytes() + residual.data.bytes() + q.data.bytes() + k.data.bytes() +
-                       v.data.bytes() + gate.data.bytes() + up.data.bytes() + out.data.bytes() +
-                       cosine.bytes() + sine.bytes();
-        for (const InputBuffer& buffer : own) total += buffer.bytes();
-        for (const auto& buffer : scratch) total += buffer.bytes();
-        for (const auto& buffer : head) total += buffer.bytes();
+        size_t total = input.bytes() + residual[0].data.bytes() + residual[1].data.bytes() +
+                       q.data.bytes() + k.data.bytes() + v.data.bytes() + gate.data.bytes() +
+                       up.data.bytes() + out.data.bytes() + cosine_.bytes() + sine_.bytes() +
+                       parts_.bytes() + part_scalars_.bytes();
+        for (size_t i = 0; i < own.size(); ++i)
+            total += own[i].bytes() + own_residual[i].bytes() + scratch[i].bytes() +
+                     head[i].bytes() + attention[i].bytes();
         return total;
     }
 
+    // Rotary tables: [head_dim / 2] of a table and a token.
+    float* cosine_row(size_t rope, int t) const { return cosine_.data() + rotary(rope, t); }
+    float* sine_row(size_t rope, int t) const { return sine_.data() + rotary(rope, t); }
+    // What a head of the only token has drawn from a part of the positions.
+    Attended part(int head, int part) const {
+        const size_t at = static_cast<size_t>(head) * most_parts_ + static_cast<size_t>(part);
+        return {part_scalars_.data() + 2 * at, part_scalars_.data() + 2 * at + 1,
+                parts_.data() + at * padded_head_};
+    }
+    size_t padded_head() const { return padded_head_; }
+
     InputBuffer input;             // of a matrix; shared by all threads …
     std::vector<InputBuffer> own;  // … or one token, made by each thread for itself
-    OutputBuffer residual, q, k, v, gate, up, out;
-    Aligned<float> cosine, sine;  // [ropes][tokens][head_dim / 2]
+    OutputBuffer residual[2];      // read from one, written to the other
+    std::vector<Aligned<float>> own_residual;
+    OutputBuffer q, k, v, gate, up, out;
     std::vector<Aligned<uint8_t>> scratch;
     std::vector<Aligned<float>> head;
+    std::vector<AttentionRoom> attention;
+
+  private:
+    size_t rotary(size_t rope, int t) const {
+        return (rope * chunk_ + static_cast<size_t>(t)) * half_;
+    }
+    size_t half_, padded_head_, chunk_, most_parts_;
+    Aligned<float> cosine_, sine_, parts_, part_scalars_;
 };
 
 }  // namespace pliant

@@ -3,6 +3,10 @@
 #include <array>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace pliant {
 
 namespace {
@@ -28,11 +32,9 @@ constexpr Tables make_tables() {
 
 constexpr Tables kTables = make_tables();
 
-}  // namespace
-
-// Sixteen bytes at a time through sixteen tables ("slicing", Kounavis and Berry 2005).
-uint32_t crc32(const uint8_t* data, size_t bytes) {
-    uint32_t crc = ~0u;
+// Goes on with a checksum, sixteen bytes at a time through sixteen tables ("slicing", Kounavis and
+// Berry 2005).
+uint32_t by_tables(uint32_t crc, const uint8_t* data, size_t bytes) {
     for (; bytes >= kSlices; bytes -= kSlices, data += kSlices) {
         uint32_t word[4];
         std::memcpy(word, data, sizeof word);
@@ -42,7 +44,56 @@ uint32_t crc32(const uint8_t* data, size_t bytes) {
             for (int b = 0; b < 4; ++b) crc ^= kTables[15 - 4 * w - b][(word[w] >> (8 * b)) & 255];
     }
     for (; bytes > 0; --bytes, ++data) crc = (crc >> 8) ^ kTables[0][(crc ^ *data) & 255];
-    return ~crc;
+    return crc;
+}
+
+#if defined(__x86_64__)
+
+constexpr size_t kFold = 64;
+
+#define PLIANT_CLMUL __attribute__((target("pclmul,sse4.1")))
+
+// `value` moved on by as many bits as `key` stands for, and `next` added. Both are polynomials over
+// the field of two elements, modulo that of the checksum.
+PLIANT_CLMUL inline __m128i fold(__m128i value, __m128i key, __m128i next) {
+    const __m128i low = _mm_clmulepi64_si128(value, key, 0x00);
+    const __m128i high = _mm_clmulepi64_si128(value, key, 0x11);
+    return _mm_xor_si128(_mm_xor_si128(low, high), next);
+}
+
+PLIANT_CLMUL inline __m128i load(const uint8_t* data) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(data));
+}
+
+// The same for at least kFold bytes, with carry-less multiplication: sixteen bytes stay, which have
+// the checksum of all (Gopal and others, "Fast CRC Computation for Generic Polynomials Using
+// PCLMULQDQ", 2009; the keys are x^544, x^480, x^160 and x^96 there).
+PLIANT_CLMUL uint32_t by_folding(uint32_t crc, const uint8_t* data, size_t bytes) {
+    const __m128i far = _mm_set_epi64x(0x1c6e41596, 0x154442bd4);
+    const __m128i near = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
+    __m128i sum[4];
+    for (int i = 0; i < 4; ++i) sum[i] = load(data + 16 * i);
+    sum[0] = _mm_xor_si128(sum[0], _mm_cvtsi32_si128(static_cast<int>(crc)));
+    for (data += kFold, bytes -= kFold; bytes >= kFold; data += kFold, bytes -= kFold)
+        for (int i = 0; i < 4; ++i) sum[i] = fold(sum[i], far, load(data + 16 * i));
+    for (int i = 1; i < 4; ++i) sum[0] = fold(sum[0], near, sum[i]);
+    uint8_t rest[16];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(rest), sum[0]);
+    return by_tables(by_tables(0, rest, sizeof rest), data, bytes);
+}
+
+bool can_fold() { return __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1"); }
+
+#endif
+
+}  // namespace
+
+uint32_t crc32(const uint8_t* data, size_t bytes, uint32_t before) {
+#if defined(__x86_64__)
+    static const bool folding = can_fold();
+    if (folding && bytes >= kFold) return ~by_folding(~before, data, bytes);
+#endif
+    return ~by_tables(~before, data, bytes);
 }
 
 }  // namespace pliant

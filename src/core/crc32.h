@@ -6,6 +6,7 @@
 
 namespace pliant {
 
-uint32_t crc32(const uint8_t* data, size_t bytes);
+// `before`: the checksum of what comes before, if the data comes in pieces.
+uint32_t crc32(const uint8_t* data, size_t bytes, uint32_t before = 0);
 
 }  // namespace pliant

@@ -11,6 +11,8 @@ namespace pliant {
 
 namespace {
 
+constexpr size_t kLayerPhases = 10, kOtherPhases = 4;  // of a chunk; see forward.cpp
+
 void check(const ModelSpec& m) {
     const auto positive = [](int value, const char* name) {
         if (value < 1) throw ModelError(std::string("model: ") + name + " must be at least 1");
@@ -205,14 +207,29 @@ void Executor::finish() {
             layer.ffn_post_norm.empty() != first.ffn_post_norm.empty())
             throw FormatError("norms after a block must be in all layers or in none");
     }
+    std::vector<int> blocks = {m.vocab};
+    if (head().coded >= 0) {
+        blocks.clear();
+        for (const CodedBlock& block : weights.matrix(head().coded).blocks)
+            blocks.push_back(block.rows);
+    }
+    constexpr int kPieceTiles = kHeadRows / kSupertile;
+    for (int block = 0; block < static_cast<int>(blocks.size()); ++block) {
+        const int tiles = (blocks[static_cast<size_t>(block)] + kSupertile - 1) / kSupertile;
+        for (int first = 0; first < tiles; first += kPieceTiles)
+            head_pieces_.push_back({block, first, std::min(first + kPieceTiles, tiles)});
+    }
+    phases_ = std::vector<Phase>(static_cast<size_t>(m.layers) * kLayerPhases + kOtherPhases);
     buffers_ = std::make_unique<Buffers>(model_, pool_.size(), chunk_);
 }
 
 size_t Executor::logit_rows(const std::vector<Piece>& pieces) {
     size_t rows = 0;
     for (const Piece& piece : pieces)
-        rows += piece.want == 2 ? static_cast<size_t>(std::max(piece.count, 0))
-                                : (piece.want == 1 && piece.count > 0 ? 1u : 0u);
+        if (piece.count > 0)
+            rows += piece.want == Want::kAll    ? static_cast<size_t>(piece.count)
+                    : piece.want == Want::kLast ? 1u
+                                                : 0u;
     return rows;
 }
 

@@ -28,11 +28,20 @@ struct Layer {
     std::vector<float> attn_norm, ffn_norm, attn_post_norm, ffn_post_norm, q_norm, k_norm;
 };
 
+// What a step gives for the tokens of a piece: logits, or states: the last hidden states, after the
+// last norm.
+enum class Want { kNothing, kLast, kAll, kStates };
+
 // What one sequence adds in a step.
 struct Piece {
     int sequence;
     int count;  // tokens
-    int want;   // logits: 0 none, 1 of the last token, 2 of all
+    Want want;
+};
+
+// Supertiles [first, last) of a row block of the head; a plain head counts as one block.
+struct HeadPiece {
+    int block, first, last;
 };
 
 class Executor {
@@ -58,10 +67,11 @@ class Executor {
     int threads() const { return pool_.size(); }
 
     // Appends the tokens of the pieces, one after the other in `tokens`, and writes the wanted
-    // logits, [rows][vocab]. A sequence gets the same bits whatever else is in the step, however it
-    // is cut into steps, with any threads. Throws EngineError or UsageError before anything has
-    // changed.
-    void step(const std::vector<Piece>& pieces, const int32_t* tokens, float* logits);
+    // logits, [rows][vocab], and the wanted states to the rows of their tokens, [tokens][hidden]. A
+    // sequence gets the same bits whatever else is in the step, however it is cut into steps, with
+    // any threads. Throws EngineError or UsageError before anything has changed.
+    void step(const std::vector<Piece>& pieces, const int32_t* tokens, float* logits,
+              float* states);
     // Rows of logits that a step with these pieces gives.
     static size_t logit_rows(const std::vector<Piece>& pieces);
 
@@ -69,11 +79,11 @@ class Executor {
     uint64_t base_bytes() const;  // vectors and plain matrices
 
   private:
+    friend class Forward;
     struct Buffers;
-    struct Batch;
     Linear* find_linear(const std::string& name);
     std::vector<float>* find_vector(const std::string& name, size_t* count);
-    void compute(const Batch& batch, float* logits);
+    const Linear& head() const { return model_.tied ? embed_ : head_; }
 
     ModelSpec model_;
     const Kernels* kernels_;
@@ -82,6 +92,8 @@ class Executor {
     Linear embed_, head_;
     std::vector<Layer> layers_;
     std::vector<float> final_norm_;
+    std::vector<HeadPiece> head_pieces_;
+    std::vector<Phase> phases_;  // of a chunk
     std::unique_ptr<Buffers> buffers_;
 };
 

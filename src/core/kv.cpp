@@ -148,6 +148,15 @@ uint16_t* KvCache::keys(int sequence, int page, int layer, int head) const {
     return reinterpret_cast<uint16_t*>(base) + at;
 }
 
+uint8_t* KvCache::page(int sequence, int page) const {
+    const Sequence& s = get(sequence);
+    if (page < 0 || page >= static_cast<int>(s.pages.size()))
+        throw UsageError("sequence " + std::to_string(sequence) + " has " +
+                         std::to_string(s.pages.size()) + " pages and no page " +
+                         std::to_string(page));
+    return arena_.data() + page_bytes_ * static_cast<uint64_t>(s.pages[static_cast<size_t>(page)]);
+}
+
 uint16_t* KvCache::values(int sequence, int page, int layer, int head) const {
     return keys(sequence, page, layer, head) + key_halves_;
 }

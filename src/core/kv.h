@@ -42,6 +42,8 @@ class KvCache {
     // [kPageTokens][value_stride].
     uint16_t* keys(int sequence, int page, int layer, int head) const;
     uint16_t* values(int sequence, int page, int layer, int head) const;
+    // All of a page of a sequence, page_bytes() long, to be stored and brought back.
+    uint8_t* page(int sequence, int page) const;
     int value_stride() const { return value_stride_; }
 
     int pages_total() const { return pages_; }

@@ -59,7 +59,7 @@ double read_bandwidth(size_t mebibytes, int threads, int repeats) {
         throw UsageError("a bandwidth probe needs at least 1 MiB, 1 thread and 1 repeat");
     const size_t bytes = mebibytes << 20;
     Arena arena(bytes);
-    arena.prefer_huge(0, bytes);
+    arena.prefer_huge(bytes);
     std::fill_n(arena.data(), bytes, uint8_t{1});
     double best = 0.0;
     std::atomic<uint64_t> sink{0};

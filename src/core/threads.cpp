@@ -1,27 +1,24 @@
 #include "threads.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace pliant {
 
 namespace {
 
-inline void pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-}
+constexpr uint32_t kOpen = 1u << 31;
 
-// Waits until `value` is no longer `old`: spins for some tens of microseconds, the usual distance
-// of two barriers, then sleeps in the kernel.
-void wait_while(std::atomic<uint32_t>& value, uint32_t old) {
+// Waits until `value` is no longer `old`: spins for as long as the pause between two steps usually
+// is, then sleeps in the kernel.
+uint32_t wait_while(std::atomic<uint32_t>& value, uint32_t old) {
     for (int i = 0; i < 2000; ++i) {
-        if (value.load(std::memory_order_acquire) != old) return;
-        pause();
+        const uint32_t now = value.load(std::memory_order_acquire);
+        if (now != old) return now;
+        detail::relax();
     }
-    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+    for (;;) {
+        const uint32_t now = value.load(std::memory_order_acquire);
+        if (now != old) return now;
+        value.wait(old, std::memory_order_acquire);
+    }
 }
 
 }  // namespace
@@ -38,35 +35,23 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::run(const std::function<void(int)>& job) {
-    if (size_ > 1) {
-        job_ = &job;
-        epoch_.fetch_add(1, std::memory_order_release);
-        epoch_.notify_all();
-    }
+    if (size_ == 1) return job(0);
+    job_ = &job;
+    inside_.fetch_or(kOpen, std::memory_order_release);
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
     job(0);
-    barrier();  // nobody returns while a worker still uses the job
-}
-
-void ThreadPool::barrier() {
-    if (size_ == 1) return;
-    const uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(size_)) {
-        arrived_.store(0, std::memory_order_relaxed);
-        phase_.store(phase + 1, std::memory_order_release);
-        phase_.notify_all();
-    } else {
-        wait_while(phase_, phase);
-    }
+    // Nobody comes in any more; nobody uses the job when the last one has left.
+    uint32_t left = inside_.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
+    while (left != 0) left = wait_while(inside_, left);
 }
 
 void ThreadPool::work(int index) {
-    uint32_t seen = 0;
-    for (;;) {
-        wait_while(epoch_, seen);
-        ++seen;  // jobs come one at a time: run() does not return before all have done the last one
+    for (uint32_t seen = 0;;) {
+        seen = wait_while(epoch_, seen);
         if (stop_.load()) return;
-        (*job_)(index);
-        barrier();
+        if (inside_.fetch_add(1, std::memory_order_acq_rel) & kOpen) (*job_)(index);
+        if (inside_.fetch_sub(1, std::memory_order_acq_rel) == 1) inside_.notify_all();
     }
 }
 

@@ -1,13 +1,60 @@
-// A small pool: the calling thread and n - 1 workers run the same function and meet at barriers.
+// A small pool of threads, and the phases of the work that they do together.
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <functional>
 #include <thread>
 #include <vector>
 
 namespace pliant {
 
+namespace detail {
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+}  // namespace detail
+
+// A phase is a number of tasks that threads take one by one. It is over when all tasks are done,
+// and not when all threads have come: a thread whose core is busy with another program holds nobody
+// up unless it holds a task, and finds the phases over when it comes back.
+class Phase {
+  public:
+    // Before the threads that work on it are told of it.
+    void reset() {
+        next_.store(0, std::memory_order_relaxed);
+        done_.store(0, std::memory_order_relaxed);
+    }
+
+    // Takes tasks, work(0) … work(tasks - 1), as long as there are any, and returns when all are
+    // done, whoever did them. What they wrote is visible then. All threads give the same number.
+    template <typename F>
+    void run(int tasks, F&& work) {
+        for (int task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+            work(task);
+            if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == tasks) done_.notify_all();
+        }
+        wait(tasks);
+    }
+
+  private:
+    // Spins for some tens of microseconds, longer than a task usually takes, then sleeps.
+    void wait(int tasks) {
+        for (int i = 0; i < 1000; ++i) {
+            if (done_.load(std::memory_order_acquire) == tasks) return;
+            detail::relax();
+        }
+        for (int done; (done = done_.load(std::memory_order_acquire)) != tasks;)
+            done_.wait(done, std::memory_order_acquire);
+    }
+
+    alignas(32) std::atomic<int> next_{0};
+    std::atomic<int> done_{0};
+};
+
+// The calling thread and n - 1 workers.
 class ThreadPool {
   public:
     explicit ThreadPool(int threads);
@@ -17,12 +64,11 @@ class ThreadPool {
 
     int size() const { return size_; }
 
-    // Runs job(0) here and job(1) … job(size - 1) on the workers; returns when all have returned.
-    // The job must not throw. Only one thread may call this at a time.
+    // Runs job(0) here and job(1) … job(size - 1) on the workers; returns when all that have begun
+    // have returned. A worker that is late may miss a job, so a job is complete when job(0) alone
+    // makes it so: it goes through phases. The job must not throw. Only one thread may call this at
+    // a time.
     void run(const std::function<void(int)>& job);
-
-    // Inside a job: waits until all threads have come here.
-    void barrier();
 
   private:
     void work(int index);
@@ -30,9 +76,9 @@ class ThreadPool {
     int size_;
     std::vector<std::thread> workers_;
     const std::function<void(int)>* job_ = nullptr;
-    alignas(64) std::atomic<uint32_t> epoch_{0};    // counts jobs; workers wait for it to change
-    alignas(64) std::atomic<uint32_t> arrived_{0};  // threads that wait at the barrier
-    alignas(64) std::atomic<uint32_t> phase_{0};    // counts barriers
+    alignas(64) std::atomic<uint32_t> epoch_{0};  // counts jobs; idle workers wait for it to change
+    // Workers inside the job, and whether more may come in.
+    alignas(64) std::atomic<uint32_t> inside_{0};
     std::atomic<bool> stop_{false};
 };
 

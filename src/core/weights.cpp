@@ -1,9 +1,13 @@
 #include "weights.h"
 
+#include <fcntl.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cmath>
 #include <mutex>
 #include <numeric>
@@ -19,13 +23,83 @@ namespace {
 
 constexpr uint64_t kPage = 4096;
 
-// Reads all of a rung; throws std::system_error or ChecksumError.
-void read_rung(const RungSource& source, uint8_t* to, int index) {
+constexpr uint64_t kChunk = uint64_t{1} << 20;  // read at once; between chunks a read may end
+
+// A second way to an open file that leaves the kernel's cache alone, or -1 if there is none.
+class DirectFile {
+  public:
+    explicit DirectFile(int fd) {
+        const std::string path = "/proc/self/fd/" + std::to_string(fd);
+        fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+    }
+    ~DirectFile() {
+        if (fd_ >= 0) close(fd_);
+    }
+    DirectFile(const DirectFile&) = delete;
+    DirectFile& operator=(const DirectFile&) = delete;
+    int fd() const { return fd_; }
+
+  private:
+    int fd_;
+};
+
+// Is most of this range in the kernel's cache, so that reading it copies memory? True where the
+// kernel cannot tell (before Linux 6.5).
+bool is_cached(int fd, uint64_t offset, uint64_t bytes) {
+    constexpr long kCacheStat = 451;
+    struct {
+        uint64_t offset, bytes;
+    } range{offset, bytes};
+    uint64_t found[5] = {};  // pages in the cache come first
+    if (syscall(kCacheStat, fd, &range, found, 0u) != 0) return true;
+    return found[0] * kPage * 2 > bytes;
+}
+
+// Keeps a thread from computing for more than a share of the time.
+class Pace {
+  public:
+    explicit Pace(double share) : share_(share) {}
+    // Sleeps as long as is due since the last call.
+    void keep() {
+        if (share_ >= 1.0) return;
+        const double busy = processor_seconds() - busy_;
+        const double due = busy / share_ - since(began_);
+        if (due > 0) std::this_thread::sleep_for(std::chrono::duration<double>(due));
+        busy_ += busy;
+        began_ = Clock::now();
+    }
+
+  private:
+    using Clock = std::chrono::steady_clock;
+    static double since(Clock::time_point then) {
+        return std::chrono::duration<double>(Clock::now() - then).count();
+    }
+    static double processor_seconds() {
+        timespec now{};
+        clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+        return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+    }
+    double share_, busy_ = processor_seconds();
+    Clock::time_point began_ = Clock::now();
+};
+
+// Reads all of a rung; gives up if `ended` becomes true. Throws std::system_error, ChecksumError.
+template <typename Ended>
+void read_rung(const RungSource& source, int direct, uint8_t* to, int index, Pace& pace,
+               const Ended& ended) {
+    int fd = direct >= 0 && !is_cached(source.fd, source.offset, source.bytes) ? direct : source.fd;
     uint64_t done = 0;
+    uint32_t crc = 0;
     while (done < source.bytes) {
-        const ssize_t got = pread(source.fd, to + done, source.bytes - done,
+        pace.keep();
+        if (ended()) return;
+        const ssize_t got = pread(fd, to + done, std::min(source.bytes - done, kChunk),
                                   static_cast<off_t>(source.offset + done));
         if (got < 0 && errno == EINTR) continue;
+        if (got < 0 && errno == EINVAL && fd != source.fd) {  // not aligned as this disk wants it
+            fd = source.fd;
+            continue;
+        }
         if (got < 0)
             throw std::system_error(errno, std::generic_category(),
                                     "reading rung " + std::to_string(index));
@@ -33,9 +107,10 @@ void read_rung(const RungSource& source, uint8_t* to, int index) {
             throw ChecksumError("rung " + std::to_string(index) + " ends after " +
                                 std::to_string(done) + " of " + std::to_string(source.bytes) +
                                 " bytes: its shard was cut while it was open; get the shard again");
+        // While it is still in the cache of the processor.
+        crc = crc32(to + done, static_cast<size_t>(got), crc);
         done += static_cast<uint64_t>(got);
     }
-    const uint32_t crc = crc32(to, source.bytes);
     if (crc != source.crc)
         throw ChecksumError("rung " + std::to_string(index) + " has checksum " +
                             std::to_string(crc) + ", the manifest says " +
@@ -170,45 +245,82 @@ uint64_t Weights::table_bytes() const {
     return bytes;
 }
 
-void Weights::read(const std::vector<RungSource>& sources, int threads) {
-    const int first = read_, count = static_cast<int>(sources.size());
-    if (first + count > rungs())
+void Weights::overtake(uint64_t ticket) {
+    uint64_t newest = newest_.load();
+    while (newest < ticket && !newest_.compare_exchange_weak(newest, ticket)) {
+    }
+}
+
+bool Weights::read(int first, const std::vector<RungSource>& sources, const Reading& how) {
+    const int count = static_cast<int>(sources.size());
+    if (first < 0 || first > rungs() || count > rungs() - first)
         throw UsageError("asked to read " + std::to_string(count) + " rungs after " +
                          std::to_string(first) + ", but there are " + std::to_string(rungs()));
+    for (int i = 0; i < count; ++i)
+        if (sources[static_cast<size_t>(i)].bytes != rung_bytes(first + i, first + i + 1))
+            throw UsageError("a rung is not of the size that the ladder says");
     const size_t begin = rung_begin_[static_cast<size_t>(first)];
     const size_t end = rung_begin_[static_cast<size_t>(first + count)];
-    arena_.prefer_huge(begin, end);
+    {
+        const std::lock_guard lock(moving_);
+        if (first != read_ || newest_.load() > how.ticket) return false;
+        const int goal = std::clamp(how.goal, first + count, rungs());
+        arena_.prefer_huge(rung_begin_[static_cast<size_t>(goal)]);
+        reading_ = first + count;
+    }
+    std::map<int, DirectFile> second;
+    if (how.direct)
+        for (const RungSource& source : sources) second.try_emplace(source.fd, source.fd);
 
     std::atomic<int> next{0};
+    std::atomic<bool> failed{false};
     std::exception_ptr error;
     std::mutex guard;
+    const auto ended = [&] { return failed.load() || newest_.load() > how.ticket; };
     const auto work = [&] {
-        for (int i = next++; i < count; i = next++) {
+        Pace pace(how.share);
+        for (int i = next++; i < count && !ended(); i = next++) {
             try {
-                const size_t rung = static_cast<size_t>(first + i);
-                if (sources[static_cast<size_t>(i)].bytes != rung_bytes(first + i, first + i + 1))
-                    throw UsageError("a rung is not of the size that the ladder says");
-                read_rung(sources[static_cast<size_t>(i)], arena_.data() + rung_begin_[rung],
-                          first + i);
+                const RungSource& source = sources[static_cast<size_t>(i)];
+                uint8_t* to = arena_.data() + rung_begin_[static_cast<size_t>(first + i)];
+                const int direct = how.direct ? second.at(source.fd).fd() : -1;
+                read_rung(source, direct, to, first + i, pace, ended);
             } catch (...) {
                 const std::lock_guard lock(guard);
                 if (!error) error = std::current_exception();
-                next = count;
+                failed = true;
             }
         }
     };
     std::vector<std::thread> helpers;
-    for (int i = 1; i < std::min(threads, count); ++i) helpers.emplace_back(work);
+    for (int i = 1; i < std::min(how.threads, count); ++i) helpers.emplace_back(work);
     work();
     for (auto& helper : helpers) helper.join();
-    if (error) {
-        arena_.release(begin, end);
-        std::rethrow_exception(error);
+    // A publish() beside us may have cut off the rungs before ours.
+    const std::lock_guard lock(moving_);
+    reading_ = 0;
+    if (!ended() && first == read_) {
+        read_ = first + count;
+        return true;
     }
-    read_ = first + count;
+    arena_.release(begin, end);
+    arena_.prefer_huge(rung_begin_[static_cast<size_t>(read_)]);
+    if (error) std::rethrow_exception(error);
+    return false;
+}
+
+void Weights::discard(int rungs) {
+    const std::lock_guard lock(moving_);
+    rungs = std::max(rungs, published_);
+    const int end = std::max(reading_, read_.load());
+    if (rungs >= end) return;
+    arena_.release(rung_begin_[static_cast<size_t>(rungs)], rung_begin_[static_cast<size_t>(end)]);
+    read_ = std::min(rungs, read_.load());
+    arena_.prefer_huge(rung_begin_[static_cast<size_t>(read_)]);
 }
 
 void Weights::publish(int rungs) {
+    const std::lock_guard lock(moving_);
     if (rungs < 0 || rungs > read_)
         throw UsageError("cannot publish " + std::to_string(rungs) +
                          " rungs: " + std::to_string(read_) + " are in memory");
@@ -229,9 +341,11 @@ void Weights::publish(int rungs) {
             for (const Run& run : block.runs)
                 if (run.depth >= kWideDepth) wide_[static_cast<size_t>(matrix.input)] = true;
         }
+    // Of a read in progress too: its caller knows that it is overtaken, or will see it at the end.
     arena_.release(rung_begin_[static_cast<size_t>(rungs)],
-                   rung_begin_[static_cast<size_t>(read_)]);
+                   rung_begin_[static_cast<size_t>(std::max(reading_, read_.load()))]);
     read_ = published_ = rungs;
+    arena_.prefer_huge(rung_begin_[static_cast<size_t>(rungs)]);
 }
 
 }  // namespace pliant

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,15 @@ struct RungSource {
     uint64_t offset;
     uint64_t bytes;
     uint32_t crc;
+};
+
+// How rungs are read.
+struct Reading {
+    uint64_t ticket = UINT64_MAX;  // see Weights::overtake
+    int goal = 0;                  // rungs that there will be at the end of this and further reads
+    int threads = 1;
+    bool direct = false;  // what the kernel does not have in its cache is read past it
+    double share = 1.0;   // most of the time that a thread may compute: the rest is for the steps
 };
 
 // Every rung has a fixed place in one arena, in ladder order, so the resident rungs are always its
@@ -49,9 +59,15 @@ class Weights {
     uint64_t arena_bytes() const;         // touched by the rungs that were read
     uint64_t table_bytes() const;         // pointers, orders, scales
 
-    // Appends rungs: reads them with up to `threads` threads and checks them. All or nothing; may
-    // run beside steps. Throws ChecksumError, UsageError, or std::system_error for a failed read.
-    void read(const std::vector<RungSource>& sources, int threads);
+    // Says that a newer change was asked for: reads with a smaller ticket end soon.
+    void overtake(uint64_t ticket);
+    // Reads the rungs from `first` on to the end of those in memory and checks them; all or
+    // nothing. May run beside steps and publish(), but not beside another read. False, and nothing
+    // was read, if the ticket was overtaken or `first` is not the end. Throws ChecksumError,
+    // UsageError, or std::system_error for a failed read.
+    bool read(int first, const std::vector<RungSource>& sources, const Reading& how);
+    // Gives back what was read beyond `rungs` rungs and not published. May run beside steps.
+    void discard(int rungs);
     // Makes the kernels use exactly the first `rungs` rungs, and gives the memory of the rest back.
     // Not beside steps.
     void publish(int rungs);
@@ -68,7 +84,11 @@ class Weights {
     std::vector<size_t> rung_end_ply_;     // plies up to and with each rung
     std::vector<uint64_t> rung_begin_{0};  // offsets in the arena, one more than rungs
     Arena arena_;
-    int read_ = 0, published_ = 0;
+    std::mutex moving_;         // of the arena's end
+    std::atomic<int> read_{0};  // rungs that are in memory and checked
+    int reading_ = 0;           // up to which rung a read in progress goes
+    int published_ = 0;
+    std::atomic<uint64_t> newest_{0};
 };
 
 }  // namespace pliant

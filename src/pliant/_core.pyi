@@ -44,7 +44,7 @@ class Executor:
     """One model in memory, and the sequences that it continues; see src/core/executor.h."""
 
     def __init__(
-        self, model: dict[str, Any], *, threads: int, isa: str = "auto", chunk: int = 64
+        self, model: dict[str, Any], *, threads: int, isa: str = "auto", chunk: int = 128
     ) -> None:
         """`model` as in a manifest; at most `chunk` tokens are computed at once."""
     def set_vector(self, name: str, values: npt.NDArray[np.float32]) -> None:
@@ -87,11 +87,28 @@ class Executor:
     @property
     def arena_bytes(self) -> int:
         """Memory of the rungs that were read."""
-    def read_rungs(self, locations: list[tuple[int, int, int, int]]) -> None:
+    def overtake(self, ticket: int) -> None:
+        """Say that a newer change was asked for: reads with a smaller ticket end soon."""
+    def read_rungs(
+        self,
+        locations: list[tuple[int, int, int, int]],
+        *,
+        first: int | None = None,
+        goal: int = 0,
+        ticket: int = ...,
+        threads: int | None = None,
+        direct: bool = False,
+        share: float = 1.0,
+    ) -> bool:
         """Append rungs: file descriptor, offset, bytes, CRC-32 of each. All or nothing.
 
-        May run beside steps, which do not see them before `publish`.
+        May run beside steps, which do not see them before `publish`, and beside `publish`. False,
+        and nothing was read, if the ticket was overtaken or `first` is not `read_rungs_count`.
+        `goal`: rungs that there will be after this and further reads. `direct`: what is not in the
+        kernel's cache is read past it. `share`: the part of the time that a thread may compute.
         """
+    def discard(self, rungs: int) -> None:
+        """Give back what was read beyond so many rungs and is not in use. May run beside steps."""
     def publish(self, rungs: int) -> None:
         """Use exactly the first rungs from the next step on; memory of the others goes back."""
     def depths(self) -> npt.NDArray[np.uint8]:
@@ -123,6 +140,10 @@ class Executor:
         """Count one user less; a page without users is free."""
     def trim_kv(self) -> int:
         """Give the memory of unused pages back; returns its bytes."""
+    def take_page(self, seq: int, page: int, into: npt.NDArray[np.uint8]) -> None:
+        """Copy a page of a sequence, uint8 [kv_page_bytes]."""
+    def put_page(self, seq: int, tokens: int, from_: npt.NDArray[np.uint8]) -> None:
+        """Append a page that was taken, with the first `tokens` of its tokens."""
     def step(
         self,
         seqs: list[int],
@@ -135,6 +156,10 @@ class Executor:
         want[i] is 0 for no logits, 1 for those of the last token, 2 for all. A step that cannot
         be made raises EngineError or UsageError and changes nothing.
         """
+    def states(
+        self, seqs: list[int], counts: list[int], tokens: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        """As `step`; the last hidden states, after the last norm: float32 [tokens, hidden]."""
     @property
     def isa(self) -> str: ...
     @property

@@ -1,7 +1,15 @@
 #include "kernels.h"
 
+#include <array>
+
 #include "../error.h"
 #include "ops.h"
+
+#if defined(PLIANT_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace pliant {
 
@@ -25,6 +33,17 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+
+#if defined(PLIANT_AMX)
+// The processor has tiles of int8, and the kernel lets this process use their registers.
+bool has_amx() {
+    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+    constexpr long kRequestState = 0x1023, kTileData = 18;  // arch_prctl(2), ARCH_REQ_XCOMP_PERM
+    unsigned a, b, c, d;
+    return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) != 0 &&
+           (d & kInt8) != 0 && syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
 }
 #endif
 
@@ -65,15 +84,36 @@ const Kernels* avx512_kernels() {
 #endif
 }
 
+const Kernels* amx_kernels() {
+#if defined(PLIANT_AMX)
+    static const bool usable = has_amx();
+    static const Kernels kernels = [] {
+        Kernels k = make_plain();
+        avx512::fill_ops(k);
+        k.name = "amx";
+        k.coded_product = amx::coded_product;
+        return k;
+    }();
+    return usable ? &kernels : nullptr;
+#else
+    return nullptr;
+#endif
+}
+
+// Best first; null where this machine cannot.
+static std::array<const Kernels*, 4> all_kernels() {
+    return {amx_kernels(), avx512_kernels(), avx2_kernels(), &plain_kernels()};
+}
+
 std::vector<std::string> usable_isas() {
     std::vector<std::string> names;
-    for (const Kernels* kernels : {avx512_kernels(), avx2_kernels(), &plain_kernels()})
+    for (const Kernels* kernels : all_kernels())
         if (kernels != nullptr) names.emplace_back(kernels->name);
     return names;
 }
 
 const Kernels& select_kernels(const std::string& name) {
-    for (const Kernels* kernels : {avx512_kernels(), avx2_kernels(), &plain_kernels()})
+    for (const Kernels* kernels : all_kernels())
         if (kernels != nullptr && (name == "auto" || name == kernels->name)) return *kernels;
     std::string known;
     for (const std::string& isa : usable_isas()) known += (known.empty() ? "" : ", ") + isa;

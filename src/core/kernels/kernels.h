@@ -44,23 +44,33 @@ struct PlainProduct {
     size_t stride;
 };
 
-// Attention of the queries of some tokens and heads that share one KV head, over the positions of
-// one sequence. K of a page is [head_dim][kPageTokens], V is [kPageTokens][head_dim], both IEEE
-// half precision.
+// Attention of the queries of some tokens and heads that share one KV head, over some pages of one
+// sequence. K of a page is [head_dim][kPageTokens], V is [kPageTokens][head_dim], both IEEE half
+// precision.
 struct Attention {
     int head_dim;
-    int queries;               // at most kMaxQueries
-    const float* const* q;     // [queries] -> [head_dim], already scaled
-    const int* position;       // [queries]: a query sees positions <= its own …
-    int window;                // … and > position - window if window > 0
-    const uint16_t* const* k;  // [pages] -> K of this layer and KV head
-    const uint16_t* const* v;  // [pages]
-    float softcap;             // 0: none
-    float* const* out;         // [queries] -> [head_dim]
+    int queries;                 // at most kMaxQueries
+    const float* const* q;       // [queries] -> [head_dim], already scaled
+    const int* position;         // [queries]: a query sees positions <= its own …
+    int window;                  // … and > position - window if window > 0
+    int first_page, pages;       // of the sequence; the pages begin at position 0
+    const uint16_t* const* k;    // [pages] -> K of this layer and KV head
+    const uint16_t* const* v;    // [pages]
+    float softcap;               // 0: none
+    const struct Attended* out;  // [queries]
+};
+
+// What a query has drawn from some of the positions: Σ e^(score - best) · value, padded to 16, and
+// the sum of the e^(score - best). `total` is 0 if it saw none of them.
+struct Attended {
+    float *best, *total, *values;
 };
 
 constexpr int kMaxQueries = 8;
 constexpr int kMaxHeadDim = 1024;
+// Positions go through attention in parts of this many pages, counted from the beginning of the
+// sequence. Parts may be computed by several threads, and are always added up in order.
+constexpr int kPartPages = 16;
 
 enum class Activation { kSilu, kGeluTanh, kGelu };
 
@@ -83,11 +93,16 @@ struct Kernels {
     void (*softcap)(float* x, int n, float cap);
     void (*to_half)(const float* x, int n, uint16_t* out);  // clamped to finite values
     void (*attend)(const Attention&);
+    // Adds what was drawn from later positions.
+    void (*attend_more)(const Attended& more, int head_dim, const Attended& sum);
+    // The weighted mean of the values: out[head_dim].
+    void (*attend_mean)(const Attended& sum, int head_dim, float* out);
 };
 
 const Kernels& plain_kernels();
 const Kernels* avx2_kernels();  // null if not compiled for this machine or not supported by it
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
 
 // The usable instruction sets, best first.
 std::vector<std::string> usable_isas();

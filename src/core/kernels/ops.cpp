@@ -12,6 +12,8 @@ namespace pliant::PLIANT_ISA {
 
 namespace {
 
+#define PLIANT_INLINE inline __attribute__((always_inline))
+
 template <typename F>
 inline void each_vector(int n, F&& f) {  // f(offset, lanes)
     int i = 0;
@@ -161,6 +163,32 @@ void to_half(const float* x, int n, uint16_t* out) {
     });
 }
 
+// Two vectors of sums for each of Q rows. Members of nested structs become registers; elements of
+// arrays that live through a loop stay in memory.
+template <int Q>
+struct RowSums {
+    V x, y;
+    RowSums<Q - 1> rest;
+
+    template <typename F>
+    PLIANT_INLINE void each(F&& f, int row = 0) {
+        f(row, x, y);
+        rest.each(f, row + 1);
+    }
+    PLIANT_INLINE void add(V a, V b, const float* const* rows, int column) {
+        const V factor = set1(rows[0][column]);
+        fma_to(x, a, factor);
+        fma_to(y, b, factor);
+        rest.add(a, b, rows + 1, column);
+    }
+};
+template <>
+struct RowSums<0> {
+    template <typename F>
+    PLIANT_INLINE void each(F&&, int) {}
+    PLIANT_INLINE void add(V, V, const float* const*, int) {}
+};
+
 // Softmax over pages as they come (Milakov and Gimelshein 2018): the largest score so far, the sum,
 // and the weighted values are kept and rescaled when a larger score appears. The blocks are whole
 // pages counted from the beginning of the sequence, so a query gets the same bits however its
@@ -170,34 +198,35 @@ void attend_some(const Attention& a) {
     const int dims = a.head_dim, padded = (dims + kLanes - 1) / kLanes * kLanes;
     float best[Q], total[Q], alpha[Q];
     alignas(64) float p[Q][kPageTokens];
+    const float* weights[Q];
     int last = 0, first = a.position[0];
     for (int q = 0; q < Q; ++q) {
         best[q] = -INFINITY;
         total[q] = 0.0f;
+        weights[q] = p[q];
         last = std::max(last, a.position[q]);
         first = std::min(first, a.window > 0 ? std::max(0, a.position[q] - a.window + 1) : 0);
-        std::fill(a.out[q], a.out[q] + padded, 0.0f);
+        std::fill(a.out[q].values, a.out[q].values + padded, 0.0f);
     }
-    for (int page = first / kPageTokens; page <= last / kPageTokens; ++page) {
+    const int begin = std::max(first / kPageTokens, a.first_page);
+    const int end = std::min(last / kPageTokens + 1, a.first_page + a.pages);
+    for (int page = begin; page < end; ++page) {
         const int base = page * kPageTokens;
-        const uint16_t* k = a.k[page];
-        V s[Q][2];
-        for (int q = 0; q < Q; ++q) s[q][0] = s[q][1] = zero();
-        for (int d = 0; d < dims; ++d) {
-            const V k0 = load_half(k + d * kPageTokens), k1 = load_half(k + d * kPageTokens + 16);
-            for (int q = 0; q < Q; ++q) {
-                const V x = set1(a.q[q][d]);
-                s[q][0] = fma(k0, x, s[q][0]);
-                s[q][1] = fma(k1, x, s[q][1]);
-            }
-        }
-        for (int q = 0; q < Q; ++q) {
+        const uint16_t* k = a.k[page - a.first_page];
+        RowSums<Q> scores;
+        scores.each([](int, V& x, V& y) { x = y = zero(); });
+        for (int d = 0; d < dims; ++d, k += kPageTokens)
+            scores.add(load_half(k), load_half(k + kLanes), a.q, d);
+        scores.each([&](int q, V& x, V& y) {
             if (a.softcap > 0.0f) {
                 const V cap = set1(a.softcap);
-                for (V& v : s[q]) v = mul(cap, tanh(div(v, cap)));
+                x = mul(cap, tanh(div(x, cap)));
+                y = mul(cap, tanh(div(y, cap)));
             }
-            store(p[q], s[q][0]);
-            store(p[q] + 16, s[q][1]);
+            store(p[q], x);
+            store(p[q] + kLanes, y);
+        });
+        for (int q = 0; q < Q; ++q) {
             const int from = a.window > 0 ? a.position[q] - a.window + 1 - base : 0;
             const int to = a.position[q] + 1 - base;
             for (int j = 0; j < std::min(from, kPageTokens); ++j) p[q][j] = -INFINITY;
@@ -218,23 +247,48 @@ void attend_some(const Attention& a) {
             total[q] = std::fmaf(total[q], alpha[q], sum(add(e0, e1)));
             best[q] = now;
         }
-        const uint16_t* v = a.v[page];
+        const uint16_t* v = a.v[page - a.first_page];
         const int tokens = std::min(kPageTokens, last + 1 - base);
-        for (int d = 0; d < padded; d += kLanes) {
-            V o[Q];
-            for (int q = 0; q < Q; ++q) o[q] = mul(load(a.out[q] + d), set1(alpha[q]));
-            for (int j = 0; j < tokens; ++j) {
-                const V x = load_half(v + j * padded + d);
-                for (int q = 0; q < Q; ++q) o[q] = fma(x, set1(p[q][j]), o[q]);
-            }
-            for (int q = 0; q < Q; ++q) store(a.out[q] + d, o[q]);
+        for (int d = 0; d < padded; d += 2 * kLanes) {
+            // The last of an odd number of vectors is computed twice.
+            const int e = std::min(d + kLanes, padded - kLanes);
+            RowSums<Q> drawn;
+            drawn.each([&](int q, V& x, V& y) {
+                x = mul(load(a.out[q].values + d), set1(alpha[q]));
+                y = mul(load(a.out[q].values + e), set1(alpha[q]));
+            });
+            const uint16_t* value = v;
+            for (int j = 0; j < tokens; ++j, value += padded)
+                drawn.add(load_half(value + d), load_half(value + e), weights, j);
+            drawn.each([&](int q, V& x, V& y) {
+                store(a.out[q].values + d, x);
+                store(a.out[q].values + e, y);
+            });
         }
     }
     for (int q = 0; q < Q; ++q) {
-        const V factor = set1(1.0f / total[q]);
-        for (int d = 0; d < padded; d += kLanes)
-            store(a.out[q] + d, mul(load(a.out[q] + d), factor));
+        *a.out[q].best = best[q];
+        *a.out[q].total = total[q];
     }
+}
+
+void attend_more(const Attended& more, int dims, const Attended& sum) {
+    if (*more.total == 0.0f) return;
+    const float best = std::max(*sum.best, *more.best);
+    const V before = exp(set1(*sum.best - best)), after = exp(set1(*more.best - best));
+    float a[kLanes], b[kLanes];
+    store(a, before);
+    store(b, after);
+    *sum.best = best;
+    *sum.total = std::fmaf(*sum.total, a[0], *more.total * b[0]);
+    for (int d = 0; d < dims; d += kLanes)
+        store(sum.values + d, fma(load(sum.values + d), before, mul(load(more.values + d), after)));
+}
+
+void attend_mean(const Attended& sum, int dims, float* out) {
+    const V factor = set1(1.0f / *sum.total);
+    each_vector(dims,
+                [&](int d, int n) { store_n(out + d, mul(load(sum.values + d), factor), n); });
 }
 
 void attend(const Attention& a) {
@@ -269,6 +323,8 @@ void fill_ops(Kernels& k) {
     k.softcap = softcap;
     k.to_half = to_half;
     k.attend = attend;
+    k.attend_more = attend_more;
+    k.attend_mean = attend_mean;
 }
 
 }  // namespace pliant::PLIANT_ISA

@@ -22,4 +22,8 @@ void fill_ops(Kernels& kernels);
 void coded_product(const CodedProduct& product);
 }  // namespace avx512
 
+namespace amx {
+void coded_product(const CodedProduct& product);
+}
+
 }  // namespace pliant

@@ -39,6 +39,11 @@ inline V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline V div(V a, V b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// sum += a · b in place: with the intrinsic GCC 12 keeps a second copy of every sum of a long loop
+// in memory.
+inline void fma_to(V& sum, V a, V b) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+}
 inline V max(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline V min(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline V round(V a) { return {_mm512_roundscale_ps(a.v, 0)}; }
@@ -97,6 +102,10 @@ inline V mul(V x, V y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b
 inline V div(V x, V y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 inline V fma(V x, V y, V z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline void fma_to(V& sum, V x, V y) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum.a) : "x"(x.a), "x"(y.a));
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum.b) : "x"(x.b), "x"(y.b));
 }
 inline V max(V x, V y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline V min(V x, V y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
@@ -177,6 +186,7 @@ inline V div(const V& a, const V& b) { PLIANT_EACH(a.f[i] / b.f[i]); }
 inline V fma(const V& a, const V& b, const V& c) { PLIANT_EACH(std::fmaf(a.f[i], b.f[i], c.f[i])); }
 // The order of operands is that of the vector instructions: the second one where they do not
 // compare.
+inline void fma_to(V& sum, V a, V b) { sum = fma(a, b, sum); }
 inline V max(const V& a, const V& b) { PLIANT_EACH(a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
 inline V min(const V& a, const V& b) { PLIANT_EACH(a.f[i] < b.f[i] ? a.f[i] : b.f[i]); }
 inline V round(const V& a) { PLIANT_EACH(std::nearbyintf(a.f[i])); }

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from pliant.cli.common import (
     add_engine_options,
     add_json_option,
+    add_size_options,
     load_options,
     natural,
     print_json,
-    size_option,
     table,
 )
 from pliant.errors import UsageError
@@ -35,23 +35,10 @@ def add_parser(commands: Any) -> None:
         "share is the part of that bandwidth at which decode reads the resident weights.",
     )
     parser.add_argument("pack", metavar="PACK", help="directory made by pliant pack")
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        type=size_option,
-        nargs="+",
-        action="extend",
-        default=[],
-        help="measure at the depth that pliant run --memory SIZE would have",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="SIZE",
-        type=size_option,
-        nargs="+",
-        action="extend",
-        default=[],
-        help="measure with at most so many bytes of plies and scales",
+    add_size_options(
+        parser,
+        memory="measure at the depth that pliant run --memory SIZE would have",
+        weights="measure with at most so many bytes of plies and scales",
     )
     parser.add_argument(
         "--prompt-tokens",

@@ -14,7 +14,9 @@ __all__ = [
     "add_engine_options",
     "add_json_option",
     "add_limits",
+    "add_size_options",
     "load_options",
+    "memory_option",
     "natural",
     "print_json",
     "quality_text",
@@ -34,6 +36,11 @@ def size_option(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error).removeprefix("size: ")) from error
 
 
+def memory_option(text: str) -> int | str:
+    """The type of options that are sizes, or `auto`."""
+    return text if text == "auto" else size_option(text)
+
+
 def natural(text: str) -> int:
     """The type of options that are whole numbers above 0."""
     try:
@@ -45,15 +52,28 @@ def natural(text: str) -> int:
     return value
 
 
-def add_limits(parser: argparse.ArgumentParser, *, sessions: bool = False) -> None:
-    """--memory, --weights, --context, --min-bits, --max-kl."""
+def add_limits(
+    parser: argparse.ArgumentParser, *, sessions: bool = False, auto: bool = False
+) -> None:
+    """--memory, --weights, --context, --min-bits, --max-kl; with `auto` also --keep-free."""
     group = parser.add_argument_group("limits")
+    text = "most bytes of the whole process, everything included"
+    if auto:
+        text += "; auto: as many as other programs leave, at any moment"
     group.add_argument(
         "--memory",
         metavar="SIZE",
-        type=size_option,
-        help="most bytes of the whole process, everything included (default: no limit)",
+        type=memory_option if auto else size_option,
+        help=f"{text} (default: no limit)",
     )
+    if auto:
+        group.add_argument(
+            "--keep-free",
+            metavar="SIZE",
+            type=size_option,
+            help="with --memory auto: what other programs shall find free (default: a sixteenth "
+            "of all memory)",
+        )
     group.add_argument(
         "--weights",
         metavar="SIZE",
@@ -88,6 +108,20 @@ def add_limits(parser: argparse.ArgumentParser, *, sessions: bool = False) -> No
     )
 
 
+def add_size_options(parser: argparse.ArgumentParser, *, memory: str, weights: str) -> None:
+    """--memory and --weights with any number of sizes; the texts say what each of them does."""
+    for name, text in (("--memory", memory), ("--weights", weights)):
+        parser.add_argument(
+            name,
+            metavar="SIZE",
+            type=size_option,
+            nargs="+",
+            action="extend",
+            default=[],
+            help=text,
+        )
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """--threads and --isa."""
     group = parser.add_argument_group("engine")
@@ -112,7 +146,10 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `pliant.load` that these options stand for."""
-    names = ("memory", "weights", "context", "sessions", "min_bits", "max_kl", "threads", "isa")
+    names = (
+        *("memory", "keep_free", "weights", "context", "sessions", "min_bits", "max_kl"),
+        *("threads", "isa"),
+    )
     return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 
 

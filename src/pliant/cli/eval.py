@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from pliant.cli.common import (
     add_engine_options,
     add_json_option,
+    add_size_options,
     load_options,
     natural,
     print_json,
     say,
-    size_option,
     table,
 )
 from pliant.errors import SourceError, UsageError
@@ -42,23 +42,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--text", metavar="FILE", type=Path, required=True, help="UTF-8 text to measure on"
     )
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        type=size_option,
-        nargs="+",
-        action="extend",
-        default=[],
-        help="measure the depth that pliant run --memory SIZE would have",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="SIZE",
-        type=size_option,
-        nargs="+",
-        action="extend",
-        default=[],
-        help="measure with at most so many bytes of plies and scales",
+    add_size_options(
+        parser,
+        memory="measure the depth that pliant run --memory SIZE would have",
+        weights="measure with at most so many bytes of plies and scales",
     )
     parser.add_argument(
         "--source",

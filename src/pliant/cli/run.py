@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /memory SIZE   change the budget of the process, for example /memory 200MiB
+/memory auto   let it follow the memory that other programs need
 /report        show who holds how many bytes, and the depth
 /reset         forget the conversation
 /help          show this
@@ -52,7 +54,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="message of the system, before all others")
     add_json_option(parser)
-    add_limits(parser)
+    add_limits(parser, auto=True)
     group = parser.add_argument_group("choice of tokens")
     group.add_argument(
         "--max-tokens", metavar="N", type=int, default=512, help="longest answer (default: 512)"
@@ -126,10 +128,27 @@ def run(options: argparse.Namespace) -> int:
         prompt = _piped()
     from pliant.engine.loading import load
 
-    with load(options.pack, chat=not options.raw, **load_options(options)) as model:
+    limits = load_options(options)
+    with load(options.pack, chat=not options.raw, log=_tell, **limits) as model, _control(model):
         if talking:
             return Chat(model, options).talk()
         return _once(model, prompt, options)
+
+
+def _tell(line: str) -> None:
+    say(f"pliant: memory: {line}")
+
+
+def _control(model: Model) -> AbstractContextManager[object]:
+    """The socket through which `pliant budget` reaches this process."""
+    from pliant.engine.control import BudgetControl
+    from pliant.engine.control_socket import ControlSocket
+
+    try:
+        return ControlSocket(BudgetControl(model, log=_tell))
+    except EngineError as error:
+        say(f"pliant: the budget cannot be changed from outside: {error}")
+        return nullcontext()
 
 
 def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -294,7 +313,10 @@ class Chat:
             self._session = self._model.session()
             say("forgotten")
         elif name == "/memory":
-            self._model.budget = parse_size(rest, "/memory")
+            if rest.strip() == "auto":
+                self._model.govern(log=_tell)
+            else:
+                self._model.budget = parse_size(rest, "/memory")
             depth = self._model.depth
             say(
                 f"{format_size(self._model.budget or 0)}: "

@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="print the address as one JSON object on standard output",
     )
-    add_limits(parser, sessions=True)
+    add_limits(parser, sessions=True, auto=True)
     add_serving_options(parser)
     group = parser.add_argument_group("network")
     group.add_argument(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import asdict
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -14,11 +13,14 @@ from pliant.engine.seam import Executor, Location, Tokenizer
 from pliant.errors import ChecksumError, FormatError, PackError, UsageError
 from pliant.memory.plan import PackSizes
 from pliant.store import Pack
+from pliant.store.files import RegularFile
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["RungFiles", "build_executor", "default_threads", "open_tokenizer", "pack_sizes"]
+
+_PIECE = 2**20  # bytes of a file that are looked at together
 
 
 def default_threads(threads: int | None) -> int:
@@ -32,7 +34,7 @@ def default_threads(threads: int | None) -> int:
     return threads
 
 
-def build_executor(pack: Pack, *, threads: int, isa: str = "auto", chunk: int = 64) -> Executor:
+def build_executor(pack: Pack, *, threads: int, isa: str = "auto", chunk: int = 128) -> Executor:
     """An executor of the model without any rung.
 
     Takes the arrays out of `pack.base` as it copies them, so that they are in memory once. `isa`
@@ -77,13 +79,17 @@ def open_tokenizer(pack: Pack) -> Tokenizer:
     from pliant._core import Tokenizer as CoreTokenizer
 
     name = "tokenizer.bin"
-    path = pack.file_path(name)
+    path, digest = pack.file_path(name), pack.manifest.files[name]
+    hashed, buffer = hashlib.sha256(), np.empty(_PIECE, np.uint8)
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise PackError(f"{path} cannot be read: {error.strerror}") from error
-    if found != pack.manifest.files[name].sha256:
+        with RegularFile(path) as file:
+            file.expect(digest.bytes)
+            for left in range(digest.bytes, 0, -_PIECE):
+                file.fill(piece := buffer[: min(left, _PIECE)])
+                hashed.update(piece.data)
+    except FileNotFoundError:
+        raise FormatError(f"{path} is missing: copy or download it again") from None
+    if hashed.hexdigest() != digest.sha256:
         raise ChecksumError(f"{path} is not the file that was written: copy or download it again")
     tokenizer = CoreTokenizer(str(path))
     if tokenizer.vocab_size > pack.manifest.model.vocab:
@@ -118,19 +124,24 @@ class RungFiles:
 
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
-        self._files: dict[Path, int] = {}
+        self._files: dict[Path, RegularFile] = {}
 
     def location(self, rung: int) -> Location:
-        """What `Executor.read_rungs` needs. PackError if the file is not there."""
+        """What `Executor.read_rungs` needs. PackError if the file cannot be opened."""
         place = self._pack.rung_location(rung)
-        if place.path not in self._files:
+        file = self._files.get(place.path)
+        if file is None:
             try:
-                self._files[place.path] = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise PackError(f"{place.path} cannot be opened: {error.strerror}") from error
-        return self._files[place.path], place.offset, place.bytes, place.crc32
+                file = RegularFile(place.path)
+            except FileNotFoundError:
+                raise PackError(
+                    f"{place.path} cannot be opened: it is not there any more; copy or download "
+                    "it again"
+                ) from None
+            self._files[place.path] = file
+        return file.fileno(), place.offset, place.bytes, place.crc32
 
     def close(self) -> None:
         """Close all of them."""
         while self._files:
-            os.close(self._files.popitem()[1])
+            self._files.popitem()[1].close()

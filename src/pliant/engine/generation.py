@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pliant.engine.cache import CacheFull
 from pliant.engine.kinds import DepthTrack, GenerationResult
 from pliant.engine.sampling import Sampling
 from pliant.engine.session import PIECE, Session
@@ -142,15 +143,21 @@ class Generation:
     def _run(
         self, max_tokens: int | None, stops: Stops, eos: frozenset[int], given: Session | None
     ) -> Generator[str, None, None]:
-        session = self._model.session() if given is None else given
+        model = self._model
+        session = model.session() if given is None else given
         try:
+            # The last token of an answer is not fed.
+            tokens = len(self._prompt) + (max_tokens or 1) - 1
+            if not model._admit(session.sequence, tokens, lambda: self._cancelled):
+                self._reason = "cancelled"
+                return
             begin = time.perf_counter()
             at = self._cached = session.rewind(self._prompt)
             while at < len(self._prompt) and not self._cancelled:
                 logits = session.feed(self._prompt[at : at + PIECE], self._track)
                 at += PIECE
             self._prefill = time.perf_counter() - begin
-            stream = self._model.tokenizer.stream()
+            stream = model.tokenizer.stream()
             history = None
             while True:
                 if self._cancelled:
@@ -177,14 +184,19 @@ class Generation:
                     self._reason = "context"
                     break
                 begin = time.perf_counter()
-                logits = session.feed([token], self._track)
+                try:
+                    logits = session.feed([token], self._track)
+                except CacheFull:  # more than max_tokens promised
+                    self._reason = "context"
+                    break
                 self._decode += time.perf_counter() - begin
                 self._steps += 1
             text = stops.push(stream.flush()) + stops.flush()
             if text:
                 yield text
         finally:
+            session.release()
             if given is None:
                 session.close()
             if self._reason is not None:
-                self._model.last = self.result
+                model.last = self.result

@@ -108,7 +108,8 @@ class Report:
     """The state of a model. All sizes in bytes.
 
     `ledger` has for each owner what it holds and what of it is in memory; `free` + the sum of what
-    is held = `total`. `matrices` has the mean depth in plies of each coded matrix.
+    is held = `total`. `matrices` has the mean depth in plies of each coded matrix. `in_flight` are
+    the sessions with an answer in progress; of `parked` ones the KV is on disk, `parked_bytes`.
     """
 
     pack: str
@@ -126,6 +127,9 @@ class Report:
     expected_kl: float | None
     context: int
     sessions: int
+    in_flight: int
+    parked: int
+    parked_bytes: int
     threads: int
     isa: str
     matrices: dict[str, float] = field(repr=False)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pliant.engine.auto import first_budget
 from pliant.engine.build import build_executor, default_threads, open_tokenizer, pack_sizes
 from pliant.engine.chat import ChatTemplate, find_template
 from pliant.engine.model import Model
 from pliant.errors import BudgetError, UsageError
 from pliant.memory.budget import Meter, margin, system_limit
 from pliant.memory.plan import PackSizes, Wish, make_plan
+from pliant.memory.pressure import Sources
 from pliant.sizes import MIB, format_size, parse_size
 from pliant.store import Pack
 
@@ -56,7 +60,7 @@ def open_parts(
     *,
     threads: int | None = None,
     isa: str = "auto",
-    chunk: int = 64,
+    chunk: int = 128,
     chat: bool = True,
     answers: int = 1,
     also: Also | None = None,
@@ -111,6 +115,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     memory: int | str | None = None,
+    keep_free: int | str | None = None,
     weights: int | str | None = None,
     context: int | None = None,
     sessions: int = 1,
@@ -119,14 +124,17 @@ def load(
     threads: int | None = None,
     isa: str = "auto",
     kv_bits: int = 16,
-    chunk: int = 64,
+    chunk: int = 128,
     chat: bool = True,
     answers: int = 1,
     also: Also | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Model:
     """Load a pack within a budget.
 
-    memory:    bytes of the whole process (its resident set), such as "300MiB". None: no limit
+    memory:    bytes of the whole process (its resident set), such as "300MiB". None: no limit.
+               "auto": as many as other programs leave, at any moment (Model.govern)
+    keep_free: with "auto", bytes that other programs shall find free
     weights:   bytes of resident plies and scales; the largest prefix of rungs that fits is loaded
     context:   tokens that each session may hold. None: as many as the budget leaves
     sessions:  how many conversations of that length are held at once
@@ -139,14 +147,21 @@ def load(
     answers:   how many answers may be computed in one step; each needs a row of logits
     also:      an owner in the ledger, and a function that makes what it owns from the pack and the
                tokenizer, and returns how many bytes more to leave free
+    log:       with memory="auto", called with a line for each move of the budget
 
     Raises PackError for a pack that cannot be used, BudgetError with the sum if it does not fit,
     UsageError for arguments without meaning.
     """
     if kv_bits != 16:
         raise UsageError(f"kv_bits must be 16, and not {kv_bits!r}")
+    auto = memory == "auto"
+    if keep_free is not None and not auto:
+        raise UsageError("keep_free belongs to memory='auto'")
+    if auto and weights is not None:
+        raise UsageError("memory='auto' moves the weights; without it they can be set")
+    free = None if keep_free is None else parse_size(keep_free, "keep_free")
     wish = Wish(
-        memory=None if memory is None else parse_size(memory, "memory"),
+        memory=None if memory is None or auto else parse_size(memory, "memory"),
         weights=None if weights is None else parse_size(weights, "weights"),
         context=context,
         sessions=sessions,
@@ -163,14 +178,17 @@ def load(
         also=also,
         limit=wish.memory,
     )
-    if wish.memory is None:
+    if auto:
+        first = first_budget(parts.sizes, parts.fixed, wish, free, Sources())
+        wish = replace(wish, memory=first)
+    elif wish.memory is None:
         plan, limit = make_plan(parts.sizes, parts.fixed, wish), system_limit()
         if plan.total - plan.kv > limit:
             raise BudgetError(
                 f"all of this model takes {format_size(plan.total - plan.kv)}, and this machine "
                 f"gives a process at most {format_size(limit)}: set a memory budget"
             )
-    return Model(
+    model = Model(
         parts.pack,
         parts.executor,
         parts.tokenizer,
@@ -180,3 +198,6 @@ def load(
         tokenizer_bytes=parts.tokenizer_bytes,
         template=parts.template,
     )
+    if auto:
+        model.govern(keep_free=free, log=log)
+    return model

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pliant.engine.auto import steer
 from pliant.engine.build import RungFiles
+from pliant.engine.cache import Cache, ParkedLost
 from pliant.engine.generation import Generation
+from pliant.engine.holdings import Change, Fixed, Holdings
 from pliant.engine.kinds import Depth, GenerationResult, Report
 from pliant.engine.sampling import Sampling, new_seed
 from pliant.engine.seam import Executor, Floats, Tokenizer
 from pliant.engine.session import Session
 from pliant.engine.turns import Turns
-from pliant.engine.weights import Weights
 from pliant.errors import BudgetError, EngineError, UsageError
-from pliant.memory.budget import measure, system_limit
+from pliant.memory.budget import measure
+from pliant.memory.governor import Governor
 from pliant.memory.ledger import Audit, Ledger
-from pliant.memory.plan import PackSizes, Plan, Wish, make_plan, smallest
+from pliant.memory.plan import PackSizes, Plan, Wish
+from pliant.memory.pressure import Sources
 from pliant.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -31,9 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Model"]
 
-_RESERVED = ("logits", "margin", "weights", "kv")  # not in memory at first
-
-Fixed = tuple[tuple[str, int], ...]
+PATIENCE = 5.0
+"""Seconds that an answer waits for room while no other makes a step."""
 
 
 class Model:
@@ -64,31 +68,24 @@ class Model:
         self.tokenizer = tokenizer
         self.last: GenerationResult | None = None
         """The answer that ended last."""
-        self.plan: Plan = make_plan(sizes, fixed, wish)
-        """What is held for what, once the change in progress, if any, is done."""
-        self.ledger = Ledger(wish.memory or max(system_limit(), self.plan.total))
-        """Who holds how many bytes."""
         self._executor = executor
         self._sizes = sizes
-        self._fixed = fixed
-        self._wish = wish
         self._turns = Turns()
-        self._planning = threading.Lock()
-        self._files = RungFiles(pack)
-        self._weights = Weights(executor, self._files, sizes, self._turns)
-        self._lengths: dict[int, int] = {}
-        self._context = self.plan.context
-        self._pages = self.plan.kv_pages
+        self._holdings = Holdings(
+            executor, RungFiles(pack), self._turns, sizes=sizes, fixed=fixed, wish=wish
+        )
+        self._waiting: deque[object] = deque()
+        self._moved = threading.Condition()  # there may be more room
+        self._steps = 0
+        self._governor: Governor | None = None
+        self._steering = threading.Lock()
         self._template = template
         self._tokenizer_bytes = tokenizer_bytes
         self._closed = False
-        executor.reserve_kv(sizes.pages(sizes.context) * wish.sessions)
-        for owner, size in self.plan.lines():
-            self.ledger.hold(owner, size, touched=0 if owner in _RESERVED else None)
         try:
-            self._weights.go(self.plan.rungs, self._weights.ticket())
+            self._holdings.load()
         except BaseException:
-            self._files.close()
+            self._holdings.close()
             raise
 
     def __enter__(self) -> Model:
@@ -105,10 +102,15 @@ class Model:
     def close(self) -> None:
         """Give everything back; answers that go on end with an EngineError."""
         with self._turns:
-            if not self._closed:
-                self._closed = True
-                self._files.close()
-                del self._weights, self._executor  # the last references, so the memory goes
+            if self._closed:
+                return
+            self._closed = True
+        with self._steering:
+            self._stop_governor()
+        self._holdings.close()
+        with self._turns:
+            del self._holdings, self._executor  # the last references, so the memory goes
+        self._wake()
 
     # --- text and tokens
 
@@ -163,7 +165,13 @@ class Model:
         if not ids:
             raise UsageError("no session was given")
         sequences = [session.sequence for session in sessions]
-        rows, _ = self._step(sequences, [1] * len(ids), np.array(ids, np.int32), [1] * len(ids))
+        ones, array = [1] * len(ids), np.array(ids, np.int32)
+        while True:
+            try:
+                rows, _ = self._step(sequences, ones, array, ones)
+                break
+            except ParkedLost as lost:
+                sessions[sequences.index(lost.sequence)].compute_again()
         for session, token in zip(sessions, ids, strict=True):
             session.tokens.append(token)
         return rows
@@ -263,12 +271,12 @@ class Model:
     @property
     def context(self) -> int:
         """Tokens that a session may hold now."""
-        return self._context
+        return self._cache.context
 
     @property
     def kv_pages(self) -> int:
         """Pages that all sessions together may hold now."""
-        return self._pages
+        return self._cache.pages
 
     @property
     def kv_page_tokens(self) -> int:
@@ -284,7 +292,19 @@ class Model:
     def depth(self) -> Depth:
         """What steps use now."""
         self._check_open()
-        return self._weights.depth
+        return self._holdings.weights.depth
+
+    @property
+    def plan(self) -> Plan:
+        """What is held for what, once the change in progress, if any, is done."""
+        self._check_open()
+        return self._holdings.plan
+
+    @property
+    def ledger(self) -> Ledger:
+        """Who holds how many bytes."""
+        self._check_open()
+        return self._holdings.ledger
 
     @property
     def budget(self) -> int | None:
@@ -292,13 +312,55 @@ class Model:
 
         Set it to a number of bytes or a text such as `200MiB`, from any thread, while answers go
         on: when the assignment is done, the new budget holds. BudgetError, and no change, if the
-        model and what its sessions hold do not fit.
+        model and what its sessions hold do not fit. `auto` is `govern()`.
         """
-        return self._wish.memory
+        self._check_open()
+        return self._holdings.wish.memory
 
     @budget.setter
     def budget(self, size: int | str | None) -> None:
-        self.resize(memory=size)
+        if size == "auto":
+            self.govern()
+        else:
+            self.resize(memory=size)
+
+    def govern(
+        self,
+        *,
+        keep_free: int | str | None = None,
+        log: Callable[[str], None] | None = None,
+        sources: Sources | None = None,
+    ) -> Governor:
+        """Let the budget follow the memory that other programs need, until another one is set.
+
+        `keep_free`: bytes that they shall find free at any moment (None: a sixteenth of what this
+        process could have). `log` is called with a line for each move, from another thread.
+        `sources`: where the signs of pressure are read. The same as `budget = "auto"`.
+        """
+        self._check_open()
+        size = None if keep_free is None else parse_size(keep_free, "keep_free")
+        with self._steering:
+            self._stop_governor()
+            self._governor = steer(
+                self._holdings,
+                self._check_open,
+                self._wake,
+                keep_free=size,
+                log=log,
+                sources=sources,
+            )
+            return self._governor
+
+    @property
+    def change(self) -> Change | None:
+        """The newest change of the budget since it was loaded, done or not."""
+        self._check_open()
+        return self._holdings.change
+
+    @property
+    def governor(self) -> Governor | None:
+        """What moves the budget by itself; None if nothing does."""
+        return self._governor
 
     def resize(self, *, memory: int | str | None = None, weights: int | str | None = None) -> Plan:
         """Set both limits anew (None: no limit), and move there; returns the plan that holds.
@@ -306,73 +368,64 @@ class Model:
         `memory`: bytes of the whole process. `weights`: bytes of plies and scales. If another call
         comes in while this one reads rungs, that one takes over and this one returns.
         """
-        wish = self._limits(memory, weights)
-        with self._planning:
-            before = self.plan, self._wish, self.ledger.total
-            with self._turns:  # nothing grows while we plan
-                self._check_open()
-                wish = replace(wish, least_context=self._least_context())
-                plan = make_plan(self._sizes, self._fixed, wish)
-                self._context = min(self._context, plan.context)
-                self._pages = min(self._pages, plan.kv_pages)
-            total = wish.memory or max(system_limit(), plan.total)
-            held = {name: size for name, (size, _) in self.ledger.owners().items()}
-            most = max(plan.arena, held["weights"])
-            self.ledger.move(
-                {"weights": most, "kv": min(plan.kv, held["kv"])},
-                max(total, self.ledger.total, self.ledger.held + most - held["weights"]),
-            )
-            self.plan, self._wish = plan, wish
-            ticket = self._weights.ticket()
-        try:
-            done = self._weights.go(plan.rungs, ticket)
-        except BaseException:
-            with self._planning:
-                if self.plan is plan:
-                    self._settle(*before)
-            raise
-        if done:
-            with self._planning:
-                if self.plan is plan:
-                    self._settle(plan, wish, total)
-        return plan
+        change = self._move(memory, weights)
+        change.run()
+        return change.plan
+
+    def move(self, *, memory: int | str | None = None, weights: int | str | None = None) -> Change:
+        """As `resize`, but rungs that must be read are read in a thread of its own.
+
+        When this returns, what had to shrink has shrunk and the new limits hold; `Change.wait`
+        waits until the model has grown into them.
+        """
+        return self._move(memory, weights).start()
 
     def plan_for(
         self, *, memory: int | str | None = None, weights: int | str | None = None
     ) -> Plan:
-        """The plan that `resize` with these limits would go to; nothing changes."""
-        return make_plan(self._sizes, self._fixed, self._limits(memory, weights))
+        """The plan that `resize` with these limits would go to if no session were open."""
+        self._check_open()
+        return self._holdings.plan_for(self._limits(memory, weights))
+
+    def least_plan(self) -> Plan:
+        """The smallest plan now: the floor of quality, and what answers in flight were promised."""
+        self._check_open()
+        return self._holdings.least()
 
     @property
     def budget_range(self) -> tuple[int, int]:
         """Bytes of the least budget with which the model runs, and of all that it could use."""
-        wish = replace(self._wish, memory=None, weights=None, least_context=0)
-        least = smallest(self._sizes, self._fixed, wish)
-        return least.total, make_plan(self._sizes, self._fixed, wish).total
+        self._check_open()
+        return self._holdings.range
 
     def report(self) -> Report:
         """What the process holds, and with what quality it answers."""
-        self._refresh()
         with self._turns:
             self._check_open()
-            depths, depth = self._executor.depths(), self._weights.depth
+            self._refresh()
+            held = self._holdings
+            depths, depth = self._executor.depths(), held.weights.depth
+            (parked, parked_bytes), in_flight = held.cache.parked, held.cache.in_flight
         now = measure()
         return Report(
             pack=str(self.pack.path),
-            budget=self._wish.memory,
+            budget=held.wish.memory,
             resident=now.now,
             peak=now.peak,
-            total=self.ledger.total,
-            free=self.ledger.free,
-            ledger=self.ledger.owners(),
+            total=held.ledger.total,
+            free=held.ledger.free,
+            ledger=held.ledger.owners(),
             rungs=depth.rungs,
             rungs_available=self.pack.rungs_available,
             rungs_of_pack=len(self.pack.manifest.rungs),
             weights=depth.weights,
             bits_per_weight=depth.bits_per_weight,
             expected_kl=depth.expected_kl,
-            context=self._context,
-            sessions=self.plan.sessions,
+            context=held.cache.context,
+            sessions=held.plan.sessions,
+            in_flight=in_flight,
+            parked=parked,
+            parked_bytes=parked_bytes,
             threads=self._executor.threads,
             isa=self._executor.isa,
             matrices=self._matrix_depths(depths),
@@ -380,51 +433,86 @@ class Model:
 
     def audit(self) -> Audit:
         """Compare the ledger with the resident set that the kernel reports."""
-        self._refresh()
-        return self.ledger.audit()
+        with self._turns:
+            self._check_open()
+            self._refresh()
+            return self._holdings.ledger.audit()
 
     # --- for sessions
 
-    def _open_sequence(self, pages: Sequence[int] = ()) -> int:
+    def _open_sequence(self) -> int:
+        with self._turns:
+            return self._cache.open()
+
+    def _open_shared(self, pages: Sequence[int]) -> int:
         """A new sequence that begins with whole pages that are in use already."""
         with self._turns:
-            self._check_open()
-            sequence = self._executor.open_sequence()
-            if pages:
-                self._executor.adopt_pages(sequence, list(pages))
-            self._lengths[sequence] = len(pages) * self._sizes.kv_page_tokens
-            return sequence
+            return self._cache.open_shared(pages)
 
     def _close_sequence(self, sequence: int) -> None:
         with self._turns:
             if not self._closed:
-                self._executor.close_sequence(sequence)
-                del self._lengths[sequence]
+                self._cache.close(sequence)
+        self._wake()
 
     def _hold_pages(self, sequence: int, first: int, last: int) -> list[int]:
         """Keep pages first .. last - 1 of a sequence beyond its end; returns their numbers."""
         with self._turns:
-            self._check_open()
-            pages = self._executor.pages(sequence)[first:last]
-            self._executor.hold_pages(pages)
-            return pages
+            return self._cache.hold(sequence, first, last)
 
     def _drop_pages(self, pages: Sequence[int]) -> None:
         """Give pages back that were kept."""
         with self._turns:
             if not self._closed:
-                self._executor.drop_pages(list(pages))
+                self._cache.drop(pages)
+        self._wake()
 
     @property
     def _free_pages(self) -> int:
         """KV pages that steps may still take; below 0 if a budget has just shrunk."""
-        return self._pages - self._executor.kv_pages_used
+        return self._cache.free
 
     def _truncate(self, sequence: int, length: int) -> None:
         with self._turns:
-            self._check_open()
-            self._executor.truncate(sequence, length)
-            self._lengths[sequence] = length
+            self._cache.truncate(sequence, length)
+
+    def _reserve(self, sequence: int, tokens: int) -> bool:
+        with self._turns:
+            return self._cache.reserve(sequence, min(tokens, self._cache.context))
+
+    def _release(self, sequence: int) -> None:
+        with self._turns:
+            if not self._closed:
+                self._cache.release(sequence)
+        self._wake()
+
+    def _admit(self, sequence: int, tokens: int, cancelled: Callable[[], bool]) -> bool:
+        """Wait, first come, first served, until room is promised; False if cancelled before.
+
+        EngineError if those that have the room make no step for PATIENCE seconds: they may belong
+        to the thread that waits.
+        """
+        place = object()
+        self._waiting.append(place)
+        steps, since = self._steps, time.monotonic()
+        try:
+            while not cancelled():
+                if self._waiting[0] is place and self._reserve(sequence, tokens):
+                    return True
+                with self._moved:
+                    self._moved.wait(0.02)
+                if self._steps != steps:
+                    steps, since = self._steps, time.monotonic()
+                elif time.monotonic() - since > PATIENCE:
+                    raise EngineError(
+                        f"there is no room in the KV cache for {tokens} tokens: "
+                        f"{self._cache.in_flight} answers have it, and none of them goes on; end "
+                        "one, or load with more sessions or a larger budget"
+                    )
+            return False
+        finally:
+            self._waiting.remove(place)
+            self._wake()
 
     def _step(
         self,
@@ -435,28 +523,23 @@ class Model:
     ) -> tuple[Floats, Depth]:
         """One step, and the depth it was made with. EngineError, and no change, without room."""
         with self._turns:
-            self._check_open()
-            pages = self._executor.kv_pages_used
-            for sequence, count in zip(sequences, counts, strict=True):
-                length = self._lengths[sequence]
-                if length + count > self._context:
-                    raise EngineError(
-                        f"the context is full: it holds {self._context} tokens, and "
-                        f"{length + count} were to be in it; a larger budget or context holds more"
-                    )
-                pages += self._sizes.pages(length + count) - self._sizes.pages(length)
-            if pages > self._pages:
-                raise EngineError(
-                    f"the KV cache is full: it holds {self._pages} pages of "
-                    f"{self._sizes.kv_page_tokens} tokens for all sessions; close some, or load "
-                    "with more sessions or a larger budget"
-                )
+            cache = self._cache
+            cache.prepare(sequences, counts)
             rows = self._executor.step(sequences, counts, tokens, want)
-            for sequence, count in zip(sequences, counts, strict=True):
-                self._lengths[sequence] += count
-            return rows, self._weights.depth
+            cache.stepped(sequences, counts)
+            self._steps += 1
+            return rows, self._holdings.weights.depth
 
     # --- inside
+
+    @property
+    def _cache(self) -> Cache:
+        self._check_open()
+        return self._holdings.cache
+
+    def _wake(self) -> None:
+        with self._moved:
+            self._moved.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -474,19 +557,18 @@ class Model:
         return checked
 
     def _fits_context(self, tokens: int) -> None:
-        if tokens > self._context:
-            made = self._sizes.context
+        context = self._cache.context
+        if tokens > context:
             way = "a larger budget or context holds more"
-            if self._context == made:
+            if context == self._sizes.context:
                 way = "this model was made for no more"
-            raise EngineError(
-                f"{tokens} tokens do not fit into the context of {self._context}: {way}"
-            )
+            raise EngineError(f"{tokens} tokens do not fit into the context of {context}: {way}")
 
     def _fits_result(self, rows: int, vocab: int) -> None:
-        if self._wish.memory is None:
+        if self.budget is None:
             return
-        self._refresh()
+        with self._turns:
+            self._refresh()
         owners = self.ledger.owners()
         held, touched = owners["kv"]
         own_kv = self._sizes.kv(rows, 1)
@@ -494,44 +576,35 @@ class Model:
         if rows * vocab * 4 > room:
             raise BudgetError(
                 f"{rows} x {vocab} logits take {format_size(rows * vocab * 4)}, and the budget of "
-                f"{format_size(self._wish.memory)} leaves {format_size(room)}: use logit_blocks, "
+                f"{format_size(self.budget)} leaves {format_size(room)}: use logit_blocks, "
                 "or a larger budget"
             )
 
     def _limits(self, memory: int | str | None, weights: int | str | None) -> Wish:
-        return replace(
-            self._wish,
-            memory=None if memory is None else parse_size(memory, "memory"),
-            weights=None if weights is None else parse_size(weights, "weights"),
+        return self._holdings.limits(
+            None if memory is None else parse_size(memory, "memory"),
+            None if weights is None else parse_size(weights, "weights"),
         )
 
-    def _least_context(self) -> int:
-        """Tokens of a session that a plan must leave room for; called with the turn taken."""
-        pages = -(-self._executor.kv_pages_used // self._wish.sessions)
-        longest = max(self._lengths.values(), default=0)
-        return min(max(longest, pages * self._sizes.kv_page_tokens), self._sizes.context)
+    def _move(self, memory: int | str | None, weights: int | str | None) -> Change:
+        self._check_open()
+        wish = self._limits(memory, weights)
+        with self._steering:
+            self._stop_governor()
+        change = self._holdings.move(wish, self._check_open)
+        self._wake()
+        return change
 
-    def _settle(self, plan: Plan, wish: Wish, total: int) -> None:
-        """The end of a change: limits and ledger follow `plan`; called while planning is locked."""
-        with self._turns:
-            self._check_open()
-            self._executor.trim_kv()
-            self._context, self._pages = plan.context, plan.kv_pages
-        self.plan, self._wish = plan, wish
-        self.ledger.move({"weights": plan.arena, "kv": plan.kv}, total)
+    def _stop_governor(self) -> None:
+        if self._governor is not None:
+            self._governor.close()
+            self._governor = None
 
     def _refresh(self) -> None:
-        """Tell the ledger what is in memory now."""
-        with self._turns:
-            self._check_open()
-            parts = self._executor.memory()
-        for owner in ("weights", "kv"):
-            self.ledger.touch(owner, parts.get(owner, 0))
-        owners = self.ledger.owners()
-        if "tokenizer" in owners:
-            mapped = getattr(self.tokenizer, "resident_bytes", self._tokenizer_bytes)
-            held = owners["tokenizer"][0]
-            self.ledger.touch("tokenizer", held - max(0, self._tokenizer_bytes - mapped))
+        """Tell the ledger what is in memory now; called with the turn taken."""
+        self._check_open()
+        mapped = getattr(self.tokenizer, "resident_bytes", self._tokenizer_bytes)
+        self._holdings.refresh(max(0, self._tokenizer_bytes - mapped))
 
     def _matrix_depths(self, depths: npt.NDArray[np.uint8]) -> dict[str, float]:
         """The mean plies of each coded matrix, over its weights."""

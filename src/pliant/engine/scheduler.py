@@ -22,7 +22,6 @@ from pliant.engine.prefixes import Prefixes, page_keys
 from pliant.engine.seam import Floats
 from pliant.engine.waiting import Waiting
 from pliant.errors import BudgetError, BusyError, DeadlineError, EngineError, PliantError
-from pliant.memory.plan import Plan
 
 __all__ = ["Counters", "Deliver", "Scheduler", "State"]
 
@@ -64,7 +63,7 @@ class State:
 
 
 class Scheduler:
-    """Owns the steps of a model. `submit`, `cancel`, `resize` and `state` are for any thread."""
+    """Owns the steps of a model. `submit`, `cancel`, `move` and `state` are for any thread."""
 
     def __init__(
         self,
@@ -101,10 +100,10 @@ class Scheduler:
         self._queued = 0  # answers that were submitted and have no place yet,
         self._tokens = 0  # and their tokens
         self._orders: deque[tuple[Callable[[], None], threading.Event]] = deque()
-        self._held = 0  # calls of resize that need the cache empty
+        self._held = 0  # calls of `move` that need the cache empty
         self._closing = False  # no new requests
         self._ending = False  # no more steps
-        self._resizing = threading.Lock()
+        self._moving = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="pliant-steps", daemon=True)
 
     def start(self) -> None:
@@ -163,19 +162,29 @@ class Scheduler:
                 self._cancelled.append(answer)
                 self._wake.notify()
 
-    def resize(self, memory: int | str | None) -> Plan:
-        """Move to another budget, as Model.resize. Kept prefixes are given up; if answers in work
-        hold more than the new budget has, they wait until it holds, and are computed again."""
-        with self._resizing:
+    def move(self, memory: int | str | None, *, keep_free: int | str | None = None) -> None:
+        """Move to another budget, as Model.move; `auto` as Model.govern.
+
+        Kept prefixes are given up. If answers in work hold more than the new budget has, they wait
+        until it holds, and are computed again.
+        """
+
+        def go() -> None:
+            if memory == "auto":
+                self.model.govern(keep_free=keep_free)
+            else:
+                self.model.move(memory=memory)
+
+        with self._moving:
             self._order(self._forget)
             try:
-                return self.model.resize(memory=memory)
+                go()
             except BudgetError:
                 with self._wake:
                     self._held += 1
                 try:
                     self._order(self._preempt_all)
-                    return self.model.resize(memory=memory)
+                    go()
                 finally:
                     with self._wake:
                         self._held -= 1
@@ -329,7 +338,7 @@ class Scheduler:
         found = self._useful(answer)
         pages = self._prefixes.acquire(found)
         answer.shared = len(found)
-        answer.sequence = self.model._open_sequence(pages)
+        answer.sequence = self.model._open_shared(pages)
         answer.fed = len(found) * self._page
         self.counters.cached_tokens += answer.fed
         if not answer.begun:

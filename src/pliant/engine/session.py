@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from pliant.engine.cache import ParkedLost
 from pliant.engine.kinds import DepthTrack
 from pliant.engine.seam import Floats
 from pliant.errors import EngineError
@@ -68,6 +69,25 @@ class Session:
             self._sequence = None
             self.tokens.clear()
 
+    def reserve(self, tokens: int) -> bool:
+        """Promise room for `tokens` tokens in all, until `release`; False: there is none now.
+
+        With a promise the session is in flight: no smaller budget takes its room, and it is not
+        parked. `Model.generate` does this by itself.
+        """
+        return self._model._reserve(self.sequence, tokens)
+
+    def release(self) -> None:
+        """End the promise: from now on the KV may go to disk when others need the room."""
+        if self._sequence is not None:
+            self._model._release(self._sequence)
+
+    def compute_again(self) -> None:
+        """Fill an empty cache with the tokens that were in it."""
+        tokens, self.tokens = self.tokens, []
+        for start in range(0, len(tokens), PIECE):
+            self._step(tokens[start : start + PIECE], 0, None)
+
     def rewind(self, ids: Sequence[int]) -> int:
         """Keep of the cache only what agrees with `ids`, and at least leave its last token to feed.
 
@@ -100,7 +120,11 @@ class Session:
 
     def _step(self, ids: Sequence[int], want: Literal[0, 1, 2], track: DepthTrack | None) -> Floats:
         array = np.array(ids, np.int32)
-        rows, depth = self._model._step([self.sequence], [len(ids)], array, [want])
+        try:
+            rows, depth = self._model._step([self.sequence], [len(ids)], array, [want])
+        except ParkedLost:
+            self.compute_again()
+            rows, depth = self._model._step([self.sequence], [len(ids)], array, [want])
         self.tokens.extend(ids)
         if track is not None:
             track.add(depth)

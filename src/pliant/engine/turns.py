@@ -1,13 +1,16 @@
 """A lock that is given in the order in which it was asked for.
 
 The engine steps in a tight loop. With an ordinary lock the loop takes it again at once, and a
-thread that wants to change the budget may wait for ever; here it waits for one step.
+thread that wants to change the budget may wait for ever; here it waits for one step, also where
+many threads wait to make one.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 __all__ = ["Turns"]
@@ -23,14 +26,34 @@ class Turns:
         self._taken = False
         self._waiting: deque[threading.Lock] = deque()
 
+    @property
+    def taken(self) -> bool:
+        """Whether somebody has the turn at this moment."""
+        return self._taken
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        """As the object itself, but ahead of all who wait already."""
+        self._enter(ahead=True)
+        try:
+            yield
+        finally:
+            self._leave()
+
     def __enter__(self) -> None:
+        self._enter(ahead=False)
+
+    def _enter(self, *, ahead: bool) -> None:
         with self._guard:
             if not self._taken:
                 self._taken = True
                 return
             mine = threading.Lock()
             mine.acquire()
-            self._waiting.append(mine)
+            if ahead:
+                self._waiting.appendleft(mine)
+            else:
+                self._waiting.append(mine)
         try:
             mine.acquire()  # until the one before hands over
         except BaseException:  # Ctrl-C while waiting

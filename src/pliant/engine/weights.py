@@ -8,20 +8,22 @@ from pliant.engine.build import RungFiles
 from pliant.engine.kinds import Depth
 from pliant.engine.seam import Executor
 from pliant.engine.turns import Turns
-from pliant.errors import EngineError
 from pliant.memory.plan import PackSizes, bits_per_weight, expected_kl
 
 __all__ = ["Weights"]
 
-_BATCH = 16  # rungs that are read at once; between batches a newer request may take over
+_BATCH = 16  # rungs that are read at once
+
+SHARE = 0.35
+"""The part of a processor that a growth may use while steps go on."""
 
 
 class Weights:
     """Moves the rungs of one executor. Changes are transactions at the boundary of a step.
 
     A step happens while its thread has the turn. Shrinking publishes fewer rungs, and is done when
-    the kernel has the memory back. Growing reads the next rungs beside the steps, and publishes
-    them when all are there and right.
+    the kernel has the memory back; it waits for no read. Growing reads the next rungs beside the
+    steps, and publishes them when all are there and right.
     """
 
     __slots__ = ("_changing", "_executor", "_files", "_newest", "_sizes", "_turns", "depth")
@@ -38,46 +40,61 @@ class Weights:
         self.depth = self._describe(0)
         """What steps use now. It changes only while the turn is taken."""
 
-    def ticket(self) -> int:
-        """A place in the order of changes; whoever has a later one takes over."""
+    def limit(self, rungs: int) -> int:
+        """Use and keep at most `rungs` rungs from now on; called with the turn taken.
+
+        A read in progress ends soon. Returns the ticket with which `grow` may add to them.
+        """
         self._newest += 1
+        self._executor.overtake(self._newest)
+        if rungs < self.depth.rungs:
+            self._publish(rungs)
+        else:
+            self._executor.discard(rungs)
         return self._newest
 
-    def go(self, rungs: int, ticket: int) -> bool:
-        """Use exactly `rungs` rungs from the next step on; True when that holds.
+    def grow(self, rungs: int, ticket: int, *, alone: bool = False) -> bool:
+        """Read up to `rungs` rungs and use them from the next step on; True when that holds.
 
-        False if a later ticket was given out meanwhile: its holder takes over. On an error the
-        rungs are those from before: ChecksumError, PackError or OSError if one cannot be read.
+        `alone`: nothing else runs, so all threads may read. False if there was a later `limit`
+        meanwhile: its caller takes over, and with it what was read. On an error the rungs are those
+        from before: ChecksumError, PackError or OSError if one cannot be read.
         """
-        if not 0 <= rungs <= self._sizes.rungs:
-            raise EngineError(f"{rungs} rungs were asked for, and there are {self._sizes.rungs}")
         with self._changing:
-            if self._newest != ticket:
-                return False
-            at = self.depth.rungs
-            if rungs > at and not self._read(at, rungs, ticket):
-                return False
-            self._publish(rungs)
-            return True
+            try:
+                while (at := self._executor.read_rungs_count) < rungs and self._newest == ticket:
+                    batch = range(at, min(at + _BATCH, rungs))
+                    self._executor.read_rungs(
+                        [self._files.location(rung) for rung in batch],
+                        first=at,
+                        goal=rungs,
+                        ticket=ticket,
+                        threads=self._executor.threads if alone else 1,
+                        direct=not alone,
+                        share=SHARE if self._turns.taken else 1.0,
+                    )
+                with self._turns.next():
+                    if self._newest == ticket:
+                        self._publish(rungs)
+                        return True
+            except BaseException as error:
+                if self._newest == ticket:
+                    self._executor.discard(0)
+                elif isinstance(error, Exception):
+                    return False  # whoever took over will meet it, if it matters
+                raise
+        return False
 
-    def _read(self, at: int, rungs: int, ticket: int) -> bool:
-        try:
-            while at < rungs:
-                if self._newest != ticket:
-                    self._publish(self.depth.rungs)  # gives back what was read for nothing
-                    return False
-                batch = range(at, min(at + _BATCH, rungs))
-                self._executor.read_rungs([self._files.location(rung) for rung in batch])
-                at = batch.stop
-        except BaseException:
-            self._publish(self.depth.rungs)
-            raise
-        return True
+    def close(self) -> None:
+        """End a read in progress, and wait until it has ended."""
+        self._newest += 1
+        self._executor.overtake(self._newest)
+        with self._changing:
+            self._files.close()
 
     def _publish(self, rungs: int) -> None:
-        with self._turns:
-            self._executor.publish(rungs)
-            self.depth = self._describe(rungs)
+        self._executor.publish(rungs)
+        self.depth = self._describe(rungs)
 
     def _describe(self, rungs: int) -> Depth:
         weights = self._sizes.weights[rungs]

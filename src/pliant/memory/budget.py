@@ -11,10 +11,24 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pliant.sizes import MIB
 
-__all__ = ["MARGIN", "TOLERANCE", "Meter", "Resident", "margin", "measure", "system_limit"]
+__all__ = [
+    "LIMIT_FILES",
+    "MARGIN",
+    "TOLERANCE",
+    "Group",
+    "Meter",
+    "Resident",
+    "margin",
+    "measure",
+    "memory_groups",
+    "read_fields",
+    "read_number",
+    "system_limit",
+]
 
 MARGIN = 3 * MIB
 """Kept free under every budget: for what the interpreter and the allocator take beyond the parts
@@ -68,37 +82,59 @@ def margin(root: Path = Path("/")) -> int:
 def system_limit(root: Path = Path("/")) -> int:
     """The most bytes that this process can have: physical memory, or less if its cgroup says so.
 
-    Reads cgroup v2 (`memory.max`) and v1 (`memory.limit_in_bytes`) of the own group and all groups
-    above it. `root` is replaced in tests.
+    Reads the limits of the own control group and all groups above it. `root` is replaced in tests.
     """
     try:
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         limit = 2**53 - 1
-    total = _fields(root / "proc/meminfo").get("MemTotal")
+    total = read_fields(root / "proc/meminfo").get("MemTotal")
     if total is not None:
         limit = total * 1024
+    for group in memory_groups(root):
+        for name in LIMIT_FILES[group.version]:
+            limit = min(limit, read_number(group.path / name, limit))
+    return limit
+
+
+class Group(NamedTuple):
+    """A directory of a control group that bounds the memory of this process."""
+
+    path: Path
+    version: int
+
+
+LIMIT_FILES = {1: ("memory.limit_in_bytes",), 2: ("memory.max", "memory.high")}
+"""Files with a number of bytes that a group must not, or should not, exceed."""
+
+
+def memory_groups(root: Path = Path("/")) -> list[Group]:
+    """The own control group of memory and all above it, outermost first; versions 1 and 2."""
     try:
-        groups = (root / "proc/self/cgroup").read_text("utf-8", "replace").splitlines()
+        lines = (root / "proc/self/cgroup").read_text("utf-8", "replace").splitlines()
     except OSError:
-        return limit
-    for line in groups:
+        return []
+    found = []
+    for line in lines:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers == "":
-            base, file = root / "sys/fs/cgroup", "memory.max"
+            base, version = root / "sys/fs/cgroup", 2
         elif "memory" in controllers.split(","):
-            base, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            base, version = root / "sys/fs/cgroup/memory", 1
         else:
             continue
         parts = [part for part in path.split("/") if part not in ("", "..")]
-        for depth in range(len(parts) + 1):
-            try:
-                text = base.joinpath(*parts[:depth], file).read_text("ascii", "replace").strip()
-            except OSError:
-                continue
-            if text.isdigit():
-                limit = min(limit, int(text))
-    return limit
+        found += [Group(base.joinpath(*parts[:n]), version) for n in range(len(parts) + 1)]
+    return found
+
+
+def read_number(path: Path, otherwise: int) -> int:
+    """The number in a file; `otherwise` if there is none, as for `max`."""
+    try:
+        text = path.read_text("ascii", "replace").strip()
+    except OSError:
+        return otherwise
+    return int(text) if text.isdecimal() and text.isascii() else otherwise
 
 
 class Meter:
@@ -131,15 +167,16 @@ class Meter:
         return grown
 
 
-def _fields(path: Path) -> dict[str, int]:
+def read_fields(path: Path) -> dict[str, int]:
+    """Names and numbers of a file such as `meminfo` or `memory.stat`; empty if it is not there."""
     try:
         lines = path.read_text("ascii", "replace").splitlines()
     except OSError:
         return {}
     found = {}
     for line in lines:
-        key, _, value = line.partition(":")
-        number = value.split()
-        if number and number[0].isdigit():
-            found[key] = int(number[0])
+        key, _, number = line.replace(":", " ").partition(" ")
+        value = number.split()
+        if value and value[0].isdecimal() and value[0].isascii():
+            found[key] = int(value[0])
     return found

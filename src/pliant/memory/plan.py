@@ -83,8 +83,9 @@ class Wish:
     """What the user wants held. None: not stated.
 
     `memory`: bytes of the whole process. `weights`: bytes of plies and scales. `context`: tokens of
-    each of `sessions`. `min_bits`, `max_kl`: the floor of quality. `least_context`: tokens that a
-    session in flight holds already, which the plan must not take away.
+    each of `sessions`. `min_bits`, `max_kl`: the floor of quality. `least_context`, `least_pages`:
+    the most tokens of one session and the KV pages of all that are promised already, which the plan
+    must not take away.
     """
 
     memory: int | None = None
@@ -94,6 +95,7 @@ class Wish:
     min_bits: float | None = None
     max_kl: float | None = None
     least_context: int = 0
+    least_pages: int = 0
 
     def __post_init__(self) -> None:
         if self.sessions < 1:
@@ -203,15 +205,15 @@ def floor_rungs(sizes: PackSizes, wish: Wish) -> int:
 
 
 def least_context(sizes: PackSizes, wish: Wish) -> int:
-    """Tokens of a session below which no plan goes; UsageError if the model cannot have them."""
+    """Tokens of every session below which no plan goes; UsageError if they cannot be had."""
     if wish.context is None:
-        return max(min(LEAST_CONTEXT, sizes.context), wish.least_context)
+        return min(LEAST_CONTEXT, sizes.context)
     if wish.context > sizes.context:
         raise UsageError(
             f"a context of {wish.context} tokens was asked for, and this model was made for at "
             f"most {sizes.context}"
         )
-    return max(wish.context, wish.least_context)
+    return wish.context
 
 
 def smallest(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) -> Plan:
@@ -232,21 +234,21 @@ def make_plan(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) 
     plan is larger than `memory`.
     """
     floor = smallest(sizes, fixed, wish)
-    most_context = sizes.context if wish.context is None else floor.context
+    most_context = sizes.context if wish.context is None else wish.context
     if wish.memory is None:
         rungs = floor.rungs if wish.weights is not None else sizes.rungs
         return _plan(sizes, fixed, wish, rungs, most_context)
     if floor.total > wish.memory:
-        raise BudgetError(_refusal(wish, floor))
+        raise BudgetError(_refusal(sizes, wish, floor))
     room = wish.memory - sum(size for _, size in fixed)
     rungs = floor.rungs
     if wish.weights is None:
         most_kv = sizes.kv(most_context, wish.sessions)
-        for_kv = min(max(room // KV_SHARE, floor.kv), most_kv)
+        for_kv = max(min(room // KV_SHARE, most_kv), floor.kv)
         rungs = max(rungs, bisect_right(sizes.arena, room - for_kv) - 1)
     pages = (room - sizes.arena[rungs]) // (sizes.kv_page_bytes * wish.sessions)
     context = min(pages * sizes.kv_page_tokens, most_context)
-    return _plan(sizes, fixed, wish, rungs, max(context, floor.context))
+    return _plan(sizes, fixed, wish, rungs, max(context, least_context(sizes, wish)))
 
 
 def _fixed_rungs(sizes: PackSizes, wish: Wish, floor: int) -> int:
@@ -264,29 +266,35 @@ def _plan(
     sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish, rungs: int, context: int
 ) -> Plan:
     weights = sizes.weights[rungs]
+    pages = max(sizes.pages(context) * wish.sessions, wish.least_pages)
     return Plan(
         memory=wish.memory,
         rungs=rungs,
         weights=weights,
         arena=sizes.arena[rungs],
-        context=context,
+        context=max(context, wish.least_context),
         sessions=wish.sessions,
-        kv_pages=sizes.pages(context) * wish.sessions,
-        kv=sizes.kv(context, wish.sessions),
+        kv_pages=pages,
+        kv=pages * sizes.kv_page_bytes,
         fixed=fixed,
         bits_per_weight=bits_per_weight(weights, sizes.coded),
         expected_kl=expected_kl(sizes.quality, weights) if sizes.coded else None,
     )
 
 
-def _refusal(wish: Wish, floor: Plan) -> str:
+def _refusal(sizes: PackSizes, wish: Wish, floor: Plan) -> str:
     assert wish.memory is not None
     rungs = "1 rung" if floor.rungs == 1 else f"{floor.rungs} rungs"
     parts = [*floor.fixed, (f"weights, {rungs}", floor.arena)]
-    many = "" if floor.sessions == 1 else f" x {floor.sessions} sessions"
-    parts.append((f"kv, {floor.context} tokens{many}", floor.kv))
-    needed = -(-floor.total // MIB)
     other = "" if wish.context is None else ", or ask for less context"
+    if floor.kv_pages == wish.least_pages:
+        kv = f"kv, {floor.kv_pages * sizes.kv_page_tokens} tokens in use or promised"
+        other = ", or wait until the answers in progress have ended"
+    else:
+        kv = f"kv, {least_context(sizes, wish)} tokens"
+        kv += "" if floor.sessions == 1 else f" x {floor.sessions} sessions"
+    parts.append((kv, floor.kv))
+    needed = -(-floor.total // MIB)
     return (
         f"{format_size(wish.memory)} are too little for this model: give at least {needed}MiB"
         f"{other}; needed are\n{sum_lines(tuple(parts))}"

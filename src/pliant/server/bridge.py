@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from pliant.engine.answers import Answer, Piece, Request
 from pliant.engine.model import Model
 from pliant.engine.pace import Pace
 from pliant.engine.scheduler import Scheduler
-from pliant.memory.plan import Plan
 
 __all__ = ["Bridge", "Flow"]
 
@@ -98,10 +98,11 @@ class Bridge:
         assert self._loop is not None
         return await self._loop.run_in_executor(self._pool, function, *arguments)
 
-    async def move(self, memory: int | str | None) -> Plan:
-        """Change the budget, as Scheduler.resize, beside everything else."""
+    async def move(self, memory: int | str | None, keep_free: int | str | None) -> None:
+        """Change the budget, as Scheduler.move, beside everything else."""
         assert self._loop is not None
-        return await self._loop.run_in_executor(self._mover, self.scheduler.resize, memory)
+        go = partial(self.scheduler.move, memory, keep_free=keep_free)
+        await self._loop.run_in_executor(self._mover, go)
 
     def submit(self, requests: Sequence[Request]) -> Flow:
         """Queue requests, all or none. Errors as Scheduler.submit."""

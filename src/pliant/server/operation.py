@@ -10,8 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from pliant.engine.kinds import Report
-from pliant.engine.scheduler import State
+from pliant.engine.control import BudgetControl
 from pliant.errors import BudgetError, PliantError
 from pliant.server.chat import template_messages
 from pliant.server.guard import body_of
@@ -116,17 +115,18 @@ async def embeddings(request: Request) -> Response:
 
 async def budget(request: Request) -> Response:
     """GET /v1/budget"""
-    report = await _kitchen(request).bridge.work(_kitchen(request).model.report)
-    return json_reply(_budget(request, report))
+    return json_reply(await _kitchen(request).bridge.work(_budget, request))
 
 
 async def set_budget(request: Request) -> Response:
-    """PUT /v1/budget: answers once the new budget holds, or refuses it and changes nothing."""
+    """PUT /v1/budget: answers once all that shrinks has shrunk, or refuses and changes nothing."""
     kitchen = _kitchen(request)
     asked = parse(body_of(request), BudgetRequest)
+    if asked.keep_free is not None and asked.memory != "auto":
+        raise Problem(400, 'keep_free belongs to "memory": "auto"', param="keep_free")
     counted: Metrics = request.app.state.metrics
     try:
-        await kitchen.bridge.move(asked.memory)
+        await kitchen.bridge.move(asked.memory, asked.keep_free)
     except PliantError as error:
         counted.moves.labels("refused" if isinstance(error, BudgetError) else "failed").inc()
         raise
@@ -134,24 +134,13 @@ async def set_budget(request: Request) -> Response:
     return await budget(request)
 
 
-def _budget(request: Request, report: Report) -> dict[str, Any]:
-    least, most = _kitchen(request).model.budget_range
-    return {
-        "memory": report.budget,
-        "least": least,
-        "most": most,
-        "resident": report.resident,
-        "peak": report.peak,
-        "total": report.total,
-        "free": report.free,
-        "ledger": report.to_dict()["ledger"],
-        "weights": report.weights,
-        "rungs": report.rungs,
-        "rungs_available": report.rungs_available,
-        "bits_per_weight": report.bits_per_weight,
-        "expected_kl": report.expected_kl,
-        "context": report.context,
-    }
+def _budget(request: Request) -> dict[str, Any]:
+    """As `pliant budget` shows it; least and most are for when no answer is in work."""
+    model = _kitchen(request).model
+    least, most = model.budget_range
+    available = model.pack.rungs_available
+    state = BudgetControl(model).get()
+    return {**state, "least": least, "most": most, "rungs_available": available}
 
 
 # --- operation
@@ -189,24 +178,22 @@ async def state(request: Request) -> Response:
     """GET /v1/state: what the page and `pliant top` show."""
     kitchen = _kitchen(request)
 
-    def both() -> tuple[State, Report]:
-        return kitchen.bridge.scheduler.state(), kitchen.model.report()
-
-    now, report = await kitchen.bridge.work(both)
-    return json_reply(
-        {
+    def whole() -> dict[str, Any]:
+        now, report = kitchen.bridge.scheduler.state(), kitchen.model.report()
+        return {
             "model": kitchen.name,
             "time": time.time(),
             "waiting": now.waiting,
             "running": now.running,
             "pages": {"total": now.pages, "used": now.used, "kept": now.kept},
             "counters": asdict(now.counters),
-            "budget": _budget(request, report),
+            "budget": _budget(request),
             "threads": report.threads,
             "isa": report.isa,
             "matrices": report.matrices,
         }
-    )
+
+    return json_reply(await kitchen.bridge.work(whole))
 
 
 async def page(request: Request) -> Response:

@@ -311,6 +311,7 @@ class DetokenizeRequest(_Base):
 
 
 class BudgetRequest(_Base):
-    """PUT /v1/budget: bytes, a text such as 300MiB, or null for no limit."""
+    """PUT /v1/budget: bytes, a text such as 300MiB, null for no limit, or auto."""
 
     memory: int | str | None
+    keep_free: int | str | None = None

@@ -161,6 +161,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(1024)
         listener.set_inheritable(False)
     except BaseException:
         listener.close()

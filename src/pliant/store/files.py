@@ -62,6 +62,10 @@ class RegularFile:
         """Close the file; it must not be used afterwards."""
         os.close(self._descriptor)
 
+    def fileno(self) -> int:
+        """The descriptor, which stays open as long as this object."""
+        return self._descriptor
+
     def expect(self, size: int) -> None:
         """Raise FormatError unless the file has exactly `size` bytes."""
         if self.size != size:

@@ -1,0 +1,443 @@
+#include "forward.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+namespace pliant {
+
+namespace {
+
+constexpr int kPartTokens = kPartPages * kPageTokens;
+
+int supertiles(const Linear& linear) { return (linear.rows + kSupertile - 1) / kSupertile; }
+
+float bf16_to_float(uint16_t half) {
+    return std::bit_cast<float>(static_cast<uint32_t>(half) << 16);
+}
+
+template <typename T>
+auto& at(T& items, int index) {
+    return items[static_cast<size_t>(index)];
+}
+
+}  // namespace
+
+Forward::Forward(Executor& executor, const std::vector<ChunkToken>& chunk, float* logits,
+                 float* states)
+    : e_(executor),
+      m_(executor.model_),
+      kernels_(*executor.kernels_),
+      b_(*executor.buffers_),
+      chunk_(chunk),
+      logits_(logits),
+      states_(states),
+      tokens_(static_cast<int>(chunk.size())),
+      threads_(executor.pool_.size()),
+      group_(m_.heads / m_.kv_heads),
+      alone_(tokens_ == 1) {
+    for (int t = 0; t < tokens_; ++t) {
+        if (at(chunk_, t).logits >= 0) wanted_.push_back(t);
+        if (at(chunk_, t).state >= 0) stated_.push_back(t);
+    }
+    plan_attention();
+}
+
+void Forward::plan_attention() {
+    singles_ = group_ <= kMaxQueries;
+    for (int t = 1; t < tokens_; ++t)
+        if (at(chunk_, t).sequence == at(chunk_, t - 1).sequence) singles_ = false;
+    if (alone_) {  // the threads share the positions
+        const int parts = at(chunk_, 0).position / kPartTokens + 1;
+        for (int h = 0; h < m_.kv_heads; ++h)
+            for (int q = 0; q < group_; q += kMaxQueries)
+                for (int part = 0; part < parts; ++part)
+                    tasks_.push_back({h, q, std::min(q + kMaxQueries, group_), part});
+        return;
+    }
+    // As many queries in a task as possible, fewer if there are few.
+    int most = kMaxQueries;
+    while (!singles_ && most > 1 &&
+           m_.kv_heads * ((tokens_ * group_ + most - 1) / most) < 2 * threads_)
+        most = (most + 1) / 2;
+    for (int t = 0; t < tokens_;) {
+        int end = t;  // of the tokens of this sequence
+        while (end < tokens_ && at(chunk_, end).sequence == at(chunk_, t).sequence) ++end;
+        for (int h = 0; h < m_.kv_heads; ++h)
+            for (int q = t * group_; q < end * group_; q += most)
+                tasks_.push_back({h, q, std::min(q + most, end * group_), -1});
+        t = end;
+    }
+    // Late tokens see more: they come first, so that no thread is left with a long task at the end.
+    std::reverse(tasks_.begin(), tasks_.end());
+}
+
+void Forward::run() {
+    for (Phase& phase : e_.phases_) phase.reset();
+    e_.pool_.run([this](int self) { work(self); });
+}
+
+void Forward::work(int self) {
+    Worker w{self, alone_ ? at(b_.own, self) : b_.input};
+    phase(w, tokens_, [&](int t) { embed(t); });
+    for (int l = 0; l < m_.layers; ++l) {
+        attention(w, l);
+        feed_forward(w, l);
+    }
+    results(w);
+}
+
+template <typename F>
+void Forward::phase(Worker& w, int tasks, F&& task) {
+    e_.phases_[w.phase++].run(tasks, task);
+}
+
+// Inputs are prepared, then tasks use them. A single input is prepared by each thread for itself,
+// when it has got a task: cheaper than to meet once more. prepare(row, keep): the thread with
+// `keep` leaves the residual for the others.
+template <typename Prepare, typename Task>
+void Forward::block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task) {
+    if (!alone_) {
+        phase(w, inputs, [&](int row) { prepare(row, true); });
+        phase(w, tasks, task);
+        return;
+    }
+    bool ready = false;
+    phase(w, tasks, [&](int i) {
+        if (!ready) prepare(0, i == 0);
+        ready = true;
+        task(i);
+    });
+}
+
+// Embedding and rotary tables.
+void Forward::embed(int t) {
+    const ChunkToken& token = at(chunk_, t);
+    const Linear& table = e_.embed_;
+    float* h = b_.residual[0].row(t);
+    if (table.coded >= 0) {
+        const CodedMatrix& matrix = e_.weights.matrix(table.coded);
+        const int row =
+            matrix.position.empty() ? token.id : static_cast<int>(at(matrix.position, token.id));
+        const CodedBlock* block = &matrix.blocks.front();
+        while (row >= block->first + block->rows) ++block;
+        kernels_.coded_row(*block, e_.weights.levels, row - block->first,
+                           e_.weights.order(matrix.input).data(), m_.hidden, h);
+    } else {
+        const size_t row = static_cast<size_t>(token.id) * static_cast<size_t>(m_.hidden);
+        for (int i = 0; i < m_.hidden; ++i)
+            h[i] = table.bf16.empty() ? table.f32[row + static_cast<size_t>(i)]
+                                      : bf16_to_float(table.bf16[row + static_cast<size_t>(i)]);
+    }
+    for (int i = 0; i < m_.hidden; ++i) h[i] *= m_.embed_scale;
+    for (size_t r = 0; r < m_.ropes.size(); ++r) {
+        float *cosine = b_.cosine_row(r, t), *sine = b_.sine_row(r, t);
+        for (int i = 0; i < m_.head_dim / 2; ++i) {
+            const float angle = static_cast<float>(token.position) * at(m_.ropes[r].inv_freq, i);
+            cosine[i] = std::cos(angle) * m_.ropes[r].scale;
+            sine[i] = std::sin(angle) * m_.ropes[r].scale;
+        }
+    }
+}
+
+void Forward::attention(Worker& w, int l) {
+    const Layer& layer = at(e_.layers_, l);
+    // What the layer before has put out goes to the residual first.
+    const Norm* after = l > 0 ? &at(e_.layers_, l - 1).ffn_post_norm : nullptr;
+    const struct {
+        const Linear* linear;
+        const OutputBuffer* out;
+    } targets[] = {{&layer.q, &b_.q}, {&layer.k, &b_.k}, {&layer.v, &b_.v}};
+    const int all = supertiles(layer.q) + supertiles(layer.k) + supertiles(layer.v);
+    const int step = grain(all);
+    block(
+        w, tokens_,
+        [&](int t, bool keep) {
+            kernels_.rms_norm(advance(w, t, after, keep), layer.attn_norm.data(), m_.hidden,
+                              m_.norm_eps, w.in.row(t));
+            code(w, t, w.in.row(t), {&layer.q, &layer.k, &layer.v});
+        },
+        (all + step - 1) / step,
+        [&](int i) {
+            int first = i * step, last = std::min(first + step, all);
+            for (const auto& [linear, out] : targets) {
+                const int count = supertiles(*linear);
+                multiply(w, *linear, std::max(first, 0), std::min(last, count), *out);
+                first -= count, last -= count;
+            }
+        });
+    if (after != nullptr) w.residual ^= 1;
+
+    if (!singles_)
+        phase(w, tokens_, [&](int t) {
+            for (int h = 0; h < m_.kv_heads; ++h) append(l, t, h);
+        });
+    phase(w, static_cast<int>(tasks_.size()), [&](int i) { attend(w, l, at(tasks_, i)); });
+
+    const int rows = supertiles(layer.o), piece = grain(rows);
+    block(
+        w, tokens_,
+        [&](int t, bool) {
+            if (alone_) mean_of_parts(w.in.row(t));
+            code(w, t, w.in.row(t), {&layer.o});
+        },
+        (rows + piece - 1) / piece,
+        [&](int i) { multiply(w, layer.o, i * piece, std::min((i + 1) * piece, rows), b_.out); });
+}
+
+void Forward::feed_forward(Worker& w, int l) {
+    const Layer& layer = at(e_.layers_, l);
+    const int wide = supertiles(layer.gate), step = grain(2 * wide);
+    block(
+        w, tokens_,
+        [&](int t, bool keep) {
+            kernels_.rms_norm(advance(w, t, &layer.attn_post_norm, keep), layer.ffn_norm.data(),
+                              m_.hidden, m_.norm_eps, w.in.row(t));
+            code(w, t, w.in.row(t), {&layer.gate, &layer.up});
+        },
+        (wide + step - 1) / step,
+        [&](int i) {
+            const int first = i * step, last = std::min(first + step, wide);
+            multiply(w, layer.gate, first, last, b_.gate);
+            multiply(w, layer.up, first, last, b_.up);
+            const int row = first * kSupertile, count = std::min(last * kSupertile, m_.ffn) - row;
+            for (int t = 0; t < tokens_; ++t)
+                kernels_.gate(b_.gate.row(t) + row, b_.up.row(t) + row, count, m_.activation,
+                              b_.gate.row(t) + row);
+        });
+    w.residual ^= 1;
+
+    const int rows = supertiles(layer.down), piece = grain(rows);
+    block(
+        w, tokens_, [&](int t, bool) { code(w, t, b_.gate.row(t), {&layer.down}); },
+        (rows + piece - 1) / piece,
+        [&](int i) {
+            multiply(w, layer.down, i * piece, std::min((i + 1) * piece, rows), b_.out);
+        });
+}
+
+// The last norm, and logits of the tokens for which they are wanted: these are gathered to the
+// front of the inputs.
+void Forward::results(Worker& w) {
+    const Norm* after = &e_.layers_.back().ffn_post_norm;
+    const auto last_norm = [&](int t, bool keep, float* to) {
+        kernels_.rms_norm(advance(w, t, after, keep), e_.final_norm_.data(), m_.hidden, m_.norm_eps,
+                          to);
+    };
+    if (!stated_.empty())
+        phase(w, static_cast<int>(stated_.size()), [&](int i) {
+            const int t = at(stated_, i);
+            last_norm(t, true,
+                      states_ + static_cast<size_t>(at(chunk_, t).state) *
+                                    static_cast<size_t>(m_.hidden));
+        });
+    if (!wanted_.empty())
+        block(
+            w, static_cast<int>(wanted_.size()),
+            [&](int i, bool keep) {
+                last_norm(at(wanted_, i), keep, w.in.row(i));
+                code(w, i, w.in.row(i), {&e_.head()});
+            },
+            static_cast<int>(e_.head_pieces_.size()),
+            [&](int i) { head_rows(w, at(e_.head_pieces_, i)); });
+}
+
+// The residual of a token with what the last block has put out, through its norm if it has one;
+// without `after` nothing was put out. `keep`: for the others as well; otherwise the result is this
+// thread's own.
+const float* Forward::advance(const Worker& w, int t, const Norm* after, bool keep) {
+    const float* before = b_.residual[w.residual].row(t);
+    if (after == nullptr) return before;
+    float* h = keep ? b_.residual[1 - w.residual].row(t) : at(b_.own_residual, w.self).data();
+    const float* y = b_.out.row(t);
+    if (!after->empty()) {
+        kernels_.rms_norm(y, after->data(), m_.hidden, m_.norm_eps, h);
+        y = h;
+    }
+    for (int i = 0; i < m_.hidden; ++i) h[i] = before[i] + y[i];
+    return h;
+}
+
+// Makes x the input `row` of the matrices that read it.
+void Forward::code(const Worker& w, int row, const float* x,
+                   std::initializer_list<const Linear*> users) {
+    bool coded = false, plain = false;
+    for (const Linear* user : users) {
+        if (user->coded < 0) {
+            plain = true;
+        } else if (!coded) {  // they share the channel order
+            const CodedMatrix& matrix = e_.weights.matrix(user->coded);
+            Prepared prepared = w.in.prepared(matrix.groups);
+            kernels_.prepare(x, e_.weights.order(matrix.input).data(), matrix.columns,
+                             e_.weights.wide(matrix.input), &prepared, row);
+            coded = true;
+        }
+    }
+    if (plain && x != w.in.row(row)) std::copy_n(x, users.begin()[0]->columns, w.in.row(row));
+}
+
+// Supertiles [first, last) of a matrix, if any, for all tokens.
+void Forward::multiply(const Worker& w, const Linear& linear, int first, int last,
+                       const OutputBuffer& out) {
+    if (first >= last) return;
+    const int begin = first * kSupertile, end = std::min(last * kSupertile, linear.rows);
+    if (linear.coded >= 0) {
+        const CodedMatrix& matrix = e_.weights.matrix(linear.coded);
+        const Prepared prepared = w.in.prepared(matrix.groups);
+        for (const CodedBlock& block : matrix.blocks) {
+            const int from = std::max(first - block.first / kSupertile, 0);
+            const int to = std::min(last - block.first / kSupertile, block.padded / kSupertile);
+            if (from < to)
+                kernels_.coded_product({&block, &e_.weights.levels, &prepared, tokens_, from, to,
+                                        out.data.data() + block.first + from * kSupertile,
+                                        out.stride, at(b_.scratch, w.self).data()});
+        }
+    } else {
+        const bool bf16 = !linear.bf16.empty();
+        kernels_.plain_product({bf16 ? static_cast<const void*>(linear.bf16.data())
+                                     : static_cast<const void*>(linear.f32.data()),
+                                bf16, linear.columns, w.in.x.data(), w.in.stride, tokens_, begin,
+                                end, out.data.data() + begin, out.stride});
+    }
+    if (!linear.bias.empty())
+        for (int t = 0; t < tokens_; ++t)
+            for (int r = begin; r < end; ++r) out.row(t)[r] += at(linear.bias, r);
+}
+
+// Supertiles of a task: a few tasks for each thread, so that one that is late is not waited for.
+int Forward::grain(int supertiles) const { return std::max(1, supertiles / (4 * threads_)); }
+
+// Keys are normed and rotated; keys and values go to their page.
+void Forward::append(int l, int t, int kv_head) {
+    const Layer& layer = at(e_.layers_, l);
+    const ChunkToken& token = at(chunk_, t);
+    const size_t rope = static_cast<size_t>(at(m_.layer_rope, l));
+    const int page = token.position / kPageTokens, slot = token.position % kPageTokens;
+    float* k = b_.k.row(t) + kv_head * m_.head_dim;
+    if (!layer.k_norm.empty())
+        kernels_.rms_norm(k, layer.k_norm.data(), m_.head_dim, m_.norm_eps, k);
+    kernels_.rope(k, b_.cosine_row(rope, t), b_.sine_row(rope, t), m_.head_dim);
+    uint16_t halves[kMaxHeadDim];
+    kernels_.to_half(k, m_.head_dim, halves);
+    uint16_t* keys = e_.kv.keys(token.sequence, page, l, kv_head);
+    for (int i = 0; i < m_.head_dim; ++i) keys[i * kPageTokens + slot] = halves[i];
+    kernels_.to_half(b_.v.row(t) + kv_head * m_.head_dim, m_.head_dim,
+                     e_.kv.values(token.sequence, page, l, kv_head) + slot * e_.kv.value_stride());
+}
+
+// A query, normed, rotated and scaled.
+void Forward::load_query(int l, int t, int head, float* to) const {
+    const Layer& layer = at(e_.layers_, l);
+    const size_t rope = static_cast<size_t>(at(m_.layer_rope, l));
+    const float* q = b_.q.row(t) + head * m_.head_dim;
+    if (layer.q_norm.empty())
+        std::copy_n(q, m_.head_dim, to);
+    else
+        kernels_.rms_norm(q, layer.q_norm.data(), m_.head_dim, m_.norm_eps, to);
+    kernels_.rope(to, b_.cosine_row(rope, t), b_.sine_row(rope, t), m_.head_dim);
+    for (int i = 0; i < m_.head_dim; ++i) to[i] *= m_.attn_scale;
+}
+
+void Forward::attend(Worker& w, int l, const AttentionTask& task) {
+    AttentionRoom& room = at(b_.attention, w.self);
+    const float* queries[kMaxQueries];
+    int positions[kMaxQueries];
+    int latest = 0;
+    const int sequence = at(chunk_, task.first / group_).sequence;
+    for (int q = task.first; q < task.last; ++q) {
+        const int t = q / group_, slot = q - task.first;
+        float* query = room.query(slot);
+        load_query(l, t, task.kv_head * group_ + q % group_, query);
+        queries[slot] = query;
+        positions[slot] = at(chunk_, t).position;
+        latest = std::max(latest, positions[slot]);
+    }
+    const int window = at(m_.layer_window, l), count = task.last - task.first;
+    const int last_part = task.part < 0 ? latest / kPartTokens : task.part;
+    const int seen = window > 0 ? std::max(0, positions[0] - window + 1) : 0;
+    const int first_part = task.part < 0 ? seen / kPartTokens : task.part;
+    if (singles_ && last_part == latest / kPartTokens) append(l, task.first / group_, task.kv_head);
+
+    for (int part = first_part; part <= last_part; ++part) {
+        Attended drawn[kMaxQueries];
+        for (int slot = 0; slot < count; ++slot) {
+            const int head = task.kv_head * group_ + (task.first + slot) % group_;
+            drawn[slot] = task.part >= 0       ? b_.part(head, part)
+                          : part == first_part ? room.sum(slot)
+                                               : room.more(slot);
+        }
+        const int first_page = part * kPartPages;
+        const int end = std::min(latest / kPageTokens + 1, first_page + kPartPages);
+        w.keys.clear();
+        w.values.clear();
+        for (int page = first_page; page < end; ++page) {
+            w.keys.push_back(e_.kv.keys(sequence, page, l, task.kv_head));
+            w.values.push_back(e_.kv.values(sequence, page, l, task.kv_head));
+        }
+        kernels_.attend({m_.head_dim, count, queries, positions, window, first_page,
+                         end - first_page, w.keys.data(), w.values.data(), m_.attn_softcap, drawn});
+        if (part > first_part)
+            for (int slot = 0; slot < count; ++slot)
+                kernels_.attend_more(room.more(slot), m_.head_dim, room.sum(slot));
+    }
+    if (task.part >= 0) return;
+    for (int q = task.first; q < task.last; ++q) {
+        const int head = task.kv_head * group_ + q % group_;
+        kernels_.attend_mean(room.sum(q - task.first), m_.head_dim,
+                             b_.input.row(q / group_) + head * m_.head_dim);
+    }
+}
+
+// The output of all heads of the only token: [heads · head_dim].
+void Forward::mean_of_parts(float* out) const {
+    const int parts = at(chunk_, 0).position / kPartTokens + 1;
+    for (int head = 0; head < m_.heads; ++head) {
+        // The first part itself must stay as it is: other threads add up the same.
+        alignas(64) float values[kMaxHeadDim];
+        const Attended first = b_.part(head, 0);
+        float best = *first.best, total = *first.total;
+        std::copy_n(first.values, b_.padded_head(), values);
+        const Attended sum{&best, &total, values};
+        for (int part = 1; part < parts; ++part)
+            kernels_.attend_more(b_.part(head, part), m_.head_dim, sum);
+        kernels_.attend_mean(sum, m_.head_dim, out + head * m_.head_dim);
+    }
+}
+
+// Some rows of the head are computed into a small buffer and then scattered to their places.
+void Forward::head_rows(const Worker& w, const HeadPiece& piece) {
+    const Linear& head = e_.head();
+    const int rows = static_cast<int>(wanted_.size());
+    float* buffer = at(b_.head, w.self).data();
+    const uint32_t* order = nullptr;
+    int first = piece.first * kSupertile, count = 0;
+    if (head.coded >= 0) {
+        const CodedMatrix& matrix = e_.weights.matrix(head.coded);
+        const CodedBlock& block = at(matrix.blocks, piece.block);
+        const Prepared prepared = w.in.prepared(matrix.groups);
+        kernels_.coded_product({&block, &e_.weights.levels, &prepared, rows, piece.first,
+                                piece.last, buffer, kHeadRows, at(b_.scratch, w.self).data()});
+        count = std::min(piece.last * kSupertile, block.rows) - first;
+        first += block.first;
+        if (!matrix.row_order.empty()) order = matrix.row_order.data() + first;
+    } else {
+        const bool bf16 = !head.bf16.empty();
+        count = std::min(piece.last * kSupertile, m_.vocab) - first;
+        kernels_.plain_product({bf16 ? static_cast<const void*>(head.bf16.data())
+                                     : static_cast<const void*>(head.f32.data()),
+                                bf16, head.columns, w.in.x.data(), w.in.stride, rows, first,
+                                first + count, buffer, kHeadRows});
+    }
+    for (int i = 0; i < rows; ++i) {
+        float* from = buffer + static_cast<size_t>(i) * kHeadRows;
+        float* to = logits_ + static_cast<size_t>(at(chunk_, at(wanted_, i)).logits) *
+                                  static_cast<size_t>(m_.vocab);
+        if (m_.logit_softcap > 0.0f) kernels_.softcap(from, count, m_.logit_softcap);
+        if (order == nullptr)
+            std::copy_n(from, count, to + first);
+        else
+            for (int r = 0; r < count; ++r) to[order[r]] = from[r];
+    }
+}
+
+}  // namespace pliant

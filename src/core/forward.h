@@ -1,0 +1,81 @@
+// One chunk of tokens on its way through the decoder.
+//
+// The work is a row of phases (threads.h). All threads walk along it and take tasks: rows of
+// matrices, tokens, or heads. Every number is computed by one thread, in an order that depends on
+// nothing but its own sequence.
+#pragma once
+
+#include <vector>
+
+#include "buffers.h"
+#include "executor.h"
+
+namespace pliant {
+
+struct ChunkToken {
+    int id, sequence, position;
+    int logits, state;  // rows of the results, or -1
+};
+
+class Forward {
+  public:
+    // `logits` [rows][vocab] and `states` [rows][hidden] take what the tokens ask for. The room in
+    // the KV cache is there.
+    Forward(Executor& executor, const std::vector<ChunkToken>& chunk, float* logits, float* states);
+    void run();
+
+  private:
+    using Norm = std::vector<float>;
+
+    // What one thread has.
+    struct Worker {
+        int self;
+        InputBuffer& in;   // of matrices: everybody's, or its own
+        int residual = 0;  // which of the two is up to date
+        size_t phase = 0;  // the next one
+        std::vector<const uint16_t*> keys = {}, values = {};  // pages of one task
+    };
+    // Queries of one sequence that share a KV head, and the parts of the pages that they look at. A
+    // query is token · group + head in the group.
+    struct AttentionTask {
+        int kv_head, first, last;
+        int part;  // or -1: all
+    };
+
+    void plan_attention();
+    void work(int self);
+    template <typename F>
+    void phase(Worker& w, int tasks, F&& task);
+    template <typename Prepare, typename Task>
+    void block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task);
+
+    void embed(int t);
+    void attention(Worker& w, int l);
+    void feed_forward(Worker& w, int l);
+    void results(Worker& w);
+
+    const float* advance(const Worker& w, int t, const Norm* after, bool keep);
+    void code(const Worker& w, int row, const float* x, std::initializer_list<const Linear*> users);
+    void multiply(const Worker& w, const Linear& linear, int first, int last,
+                  const OutputBuffer& out);
+    int grain(int supertiles) const;
+    void append(int l, int t, int kv_head);
+    void load_query(int l, int t, int head, float* to) const;
+    void attend(Worker& w, int l, const AttentionTask& task);
+    void mean_of_parts(float* out) const;
+    void head_rows(const Worker& w, const HeadPiece& piece);
+
+    Executor& e_;
+    const ModelSpec& m_;
+    const Kernels& kernels_;
+    Executor::Buffers& b_;
+    const std::vector<ChunkToken>& chunk_;
+    float *logits_, *states_;
+    int tokens_, threads_, group_;
+    bool alone_;    // one token: every thread prepares inputs for itself
+    bool singles_;  // every sequence has one token: who attends appends its keys and values
+    std::vector<int> wanted_, stated_;  // tokens whose logits, or states, are asked for
+    std::vector<AttentionTask> tasks_;
+};
+
+}  // namespace pliant

@@ -1,0 +1,209 @@
+// From plies to levels with AVX-512 and VBMI; for the kernels that go on with them.
+//
+// Bits are brought together with shifts and ternary logic and looked up with byte permutes; lanes
+// are rows.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "kernels.h"
+
+namespace pliant::avx512 {
+
+#define PLIANT_INLINE inline __attribute__((always_inline))
+#define PLIANT_LAMBDA __attribute__((always_inline))
+
+// Calls f<0>() … f<N - 1>(). With constant indices arrays of vectors become registers; a loop, even
+// an unrolled one, leaves them in memory.
+template <int N, typename F>
+PLIANT_INLINE void repeat(F&& f) {
+    [&]<int... I>(std::integer_sequence<int, I...>)
+        PLIANT_LAMBDA { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, N>{});
+}
+
+// Where the mask has a bit the bit of a, elsewhere that of b.
+PLIANT_INLINE __m512i select(__m512i mask, __m512i a, __m512i b) {
+    return _mm512_ternarylogic_epi64(mask, a, b, 0xCA);
+}
+PLIANT_INLINE __m512i bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+template <int S>
+PLIANT_INLINE __m512i left(__m512i a) {  // by S bits inside bytes, garbage in the bits that come in
+    if constexpr (S >= 0)
+        return _mm512_slli_epi16(a, S);
+    else
+        return _mm512_srli_epi16(a, -S);
+}
+
+// Brings the bits of one to four plies together: the low nibbles of out[j] are from bit j of the
+// bytes, the high ones from bit j + 4, ply 1 on top; bits of plies that are not there are garbage.
+template <int Count>
+PLIANT_INLINE void nibbles(const __m512i* v, __m512i* out) {
+    const __m512i odd_bits = bytes(0xAA), pair_bits = bytes(0xCC);
+    __m512i even, odd;
+    if constexpr (Count == 1) {
+        even = left<1>(v[0]);
+        odd = v[0];
+    } else {
+        even = select(odd_bits, left<1>(v[0]), v[1]);
+        odd = select(odd_bits, v[0], left<-1>(v[1]));
+    }
+    if constexpr (Count <= 2) {
+        out[0] = left<2>(even);
+        out[2] = even;
+        out[1] = left<2>(odd);
+        out[3] = odd;
+    } else {
+        __m512i even2, odd2;
+        if constexpr (Count == 3) {
+            even2 = left<1>(v[2]);
+            odd2 = v[2];
+        } else {
+            even2 = select(odd_bits, left<1>(v[2]), v[3]);
+            odd2 = select(odd_bits, v[2], left<-1>(v[3]));
+        }
+        out[0] = select(pair_bits, left<2>(even), even2);
+        out[2] = select(pair_bits, even, left<-2>(even2));
+        out[1] = select(pair_bits, left<2>(odd), odd2);
+        out[3] = select(pair_bits, odd, left<-2>(odd2));
+    }
+}
+
+// The collected bits (see LevelTables) of 16 rows × 32 columns: out[j] has columns 4 j … 4 j + 3 of
+// each row.
+template <int N>
+PLIANT_INLINE void collect(const uint8_t* const* planes, size_t offset, __m512i* out) {
+    __m512i v[N];
+    repeat<N>([&]<int i>() PLIANT_LAMBDA { v[i] = _mm512_load_si512(planes[i] + offset); });
+    __m512i n[4];
+    nibbles<(N < 4 ? N : 4)>(v, n);
+    if constexpr (N <= 4) {
+        repeat<4>([&]<int j>() PLIANT_LAMBDA {
+            out[j] = n[j];
+            out[j + 4] = left<-4>(n[j]);
+        });
+    } else if constexpr (N <= 6) {
+        __m512i even, odd;  // one or two bits for each vector, at bit 0, 2, 4, 6 of the bytes
+        if constexpr (N == 5) {
+            even = v[4];
+            odd = left<-1>(v[4]);
+        } else {
+            even = select(bytes(0xAA), left<1>(v[4]), v[5]);
+            odd = select(bytes(0xAA), v[4], left<-1>(v[5]));
+        }
+        const __m512i field = bytes(0x30);
+        out[0] = select(field, left<4>(even), n[0]);
+        out[1] = select(field, left<4>(odd), n[1]);
+        out[2] = select(field, left<2>(even), n[2]);
+        out[3] = select(field, left<2>(odd), n[3]);
+        out[4] = select(field, even, left<-4>(n[0]));
+        out[5] = select(field, odd, left<-4>(n[1]));
+        out[6] = select(field, left<-2>(even), left<-4>(n[2]));
+        out[7] = select(field, left<-2>(odd), left<-4>(n[3]));
+    } else {
+        __m512i m[4];
+        nibbles<N - 4>(v + 4, m);
+        const __m512i upper = bytes(0xF0);
+        repeat<4>([&]<int j>() PLIANT_LAMBDA {
+            out[j] = select(upper, left<4>(m[j]), n[j]);
+            out[j + 4] = select(upper, m[j], left<-4>(n[j]));
+        });
+    }
+}
+
+// A table of 64 or 256 levels in registers; each is given as a byte, xor `flip`: with 0x80 they are
+// unsigned, level + 128.
+template <int N>
+struct Table {
+    __m512i part[N <= 6 ? 1 : 4];
+    Table(const int8_t* levels, int flip) {
+        for (int i = 0; i < (N <= 6 ? 1 : 4); ++i)
+            part[i] = _mm512_xor_si512(_mm512_load_si512(levels + 64 * i), bytes(flip));
+    }
+    PLIANT_INLINE __m512i operator()(__m512i index) const {
+        if constexpr (N <= 6) {
+            return _mm512_permutexvar_epi8(index, part[0]);
+        } else {
+            const __m512i below = _mm512_permutex2var_epi8(part[0], index, part[1]);
+            const __m512i above = _mm512_permutex2var_epi8(part[2], index, part[3]);
+            return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), below, above);
+        }
+    }
+};
+
+PLIANT_INLINE void row_steps(const uint8_t* codes, size_t supertile, __m512 steps, __m512* out) {
+    const __m512i code = _mm512_cvtepu8_epi32(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + supertile * 16)));
+    out[0] = _mm512_permutexvar_ps(code, steps);  // reads the low four bits only
+    out[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(code, 4), steps);
+}
+
+template <bool Wide>
+PLIANT_INLINE __m512 to_float(__m512i top, __m512i middle) {
+    const __m512 value = _mm512_cvtepi32_ps(top);
+    if constexpr (!Wide) return value;
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(middle), _mm512_set1_ps(1.0f / 256.0f), value);
+}
+
+PLIANT_INLINE float factor_of(const CodedProduct& p, int token, int g, int depth) {
+    return (p.x->scale[p.x->at(g, token)] * p.block->group_scale[g]) * p.levels->scale[depth];
+}
+
+// A group of a supertile for many tokens: `wh` (and `wl`) become [16 quads of columns][2 tiles][16
+// rows][4 columns], bytes.
+template <int N>
+PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi, const Table<N>& lo,
+                          uint8_t* wh, uint8_t* wl) {
+    for (int i = 0; i < N; ++i)  // the next supertile
+        for (int line = 0; line < 4; ++line)
+            _mm_prefetch(reinterpret_cast<const char*>(planes[i] + 256 + 64 * line), _MM_HINT_T0);
+    for (int half = 0; half < 2; ++half)
+        for (int h = 0; h < 2; ++h) {
+            __m512i index[8];
+            collect<N>(planes, static_cast<size_t>(128 * half + 64 * h), index);
+            repeat<8>([&]<int j>() PLIANT_LAMBDA {
+                const int at = ((8 * h + j) * 2 + half) * 64;
+                _mm512_store_si512(wh + at, hi(index[j]));
+                if constexpr (N >= kWideDepth) _mm512_store_si512(wl + at, lo(index[j]));
+            });
+        }
+}
+
+// The sums of a supertile, [tokens][32], times the scales of its rows, to the result.
+inline void scale_rows(const CodedProduct& p, int s, const float* sums) {
+    const float* scale = p.block->row_scale + s * kSupertile;
+    const __m512 scale0 = _mm512_loadu_ps(scale), scale1 = _mm512_loadu_ps(scale + 16);
+    for (int t = 0; t < p.tokens; ++t, sums += kSupertile) {
+        float* out = p.out + static_cast<size_t>(t) * p.stride + (s - p.first) * kSupertile;
+        _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_load_ps(sums), scale0));
+        _mm512_storeu_ps(out + 16, _mm512_mul_ps(_mm512_load_ps(sums + 16), scale1));
+    }
+}
+
+template <typename F>
+PLIANT_INLINE void with_depth(int depth, F&& f) {
+    switch (depth) {
+        case 1:
+            return f.template operator()<1>();
+        case 2:
+            return f.template operator()<2>();
+        case 3:
+            return f.template operator()<3>();
+        case 4:
+            return f.template operator()<4>();
+        case 5:
+            return f.template operator()<5>();
+        case 6:
+            return f.template operator()<6>();
+        case 7:
+            return f.template operator()<7>();
+        case 8:
+            return f.template operator()<8>();
+        default:
+            return;
+    }
+}
+
+}  // namespace pliant::avx512

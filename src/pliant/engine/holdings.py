@@ -1,0 +1,239 @@
+"""What a running model holds: plan, ledger, rungs and KV cache, and how all of it changes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from pliant.engine.build import RungFiles
+from pliant.engine.cache import Cache
+from pliant.engine.seam import Executor
+from pliant.engine.turns import Turns
+from pliant.engine.weights import Weights
+from pliant.errors import BudgetError, EngineError
+from pliant.memory.budget import system_limit
+from pliant.memory.ledger import Ledger
+from pliant.memory.plan import PackSizes, Plan, Wish, make_plan, smallest
+
+__all__ = ["Change", "Fixed", "Holdings"]
+
+Fixed = tuple[tuple[str, int], ...]
+
+_RESERVED = ("logits", "margin", "weights", "kv")  # not in memory at first
+
+
+class Change:
+    """A new budget that was accepted. What had to shrink has shrunk; what grows may still be read.
+
+    plan: what holds at the end
+    """
+
+    __slots__ = ("_done", "_error", "_grow", "_holds", "plan")
+
+    def __init__(self, plan: Plan, grow: Callable[[], bool] | None) -> None:
+        """`grow` reads and publishes, and says whether it was the last word; None: all is done."""
+        self.plan = plan
+        self._grow = grow
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self._holds = grow is None
+        if grow is None:
+            self._done.set()
+
+    def run(self) -> None:
+        """Do the rest in this thread. An error is raised here, and by `wait`."""
+        if self._grow is None or self._done.is_set():
+            return
+        try:
+            self._holds = self._grow()
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._done.set()
+
+    def start(self) -> Change:
+        """Do the rest in a thread of its own; returns itself."""
+        if not self._done.is_set():
+            threading.Thread(target=self._quietly, name="pliant-grow", daemon=True).start()
+        return self
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for the end. True: the plan holds; False: a newer change took over.
+
+        Raises what made it fail, after which the state from before holds: ChecksumError, PackError
+        or OSError; EngineError if it takes longer than `seconds`.
+        """
+        if not self._done.wait(seconds):
+            raise EngineError(f"the model still grows after {seconds} s")
+        if self._error is not None:
+            raise self._error
+        return self._holds
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._done.is_set()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What made it fail, if it did."""
+        return self._error
+
+    def _quietly(self) -> None:
+        try:
+            self.run()
+        except Exception:  # noqa: BLE001 - `wait` and `error` have it
+            return
+
+
+class Holdings:
+    """Divides the budget of one model, and moves it.
+
+    plan:    what is held for what, once the change in progress, if any, is done
+    wish:    the limits that it came from
+    ledger:  who holds how many bytes
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        files: RungFiles,
+        turns: Turns,
+        *,
+        sizes: PackSizes,
+        fixed: Fixed,
+        wish: Wish,
+    ) -> None:
+        self.plan: Plan = make_plan(sizes, fixed, wish)
+        self.wish = wish
+        self.ledger = Ledger(self._total(wish, self.plan))
+        self.weights = Weights(executor, files, sizes, turns)
+        self.cache = Cache(executor, sizes, self.plan.context, self.plan.kv_pages)
+        self.change: Change | None = None
+        """The newest change."""
+        self._executor = executor
+        self._sizes = sizes
+        self._fixed = fixed
+        self._turns = turns
+        self._planning = threading.Lock()
+        self._settled = (self.plan, wish)
+        executor.reserve_kv(sizes.pages(sizes.context) * wish.sessions)
+        for owner, size in self.plan.lines():
+            self.ledger.hold(owner, size, touched=0 if owner in _RESERVED else None)
+
+    def load(self) -> None:
+        """Read the rungs of the plan, before anything else runs."""
+        with self._turns:
+            ticket = self.weights.limit(self.plan.rungs)
+        self.weights.grow(self.plan.rungs, ticket, alone=True)
+
+    def close(self) -> None:
+        """End a growth in progress, close files, delete what is parked; no step may come after."""
+        self.weights.close()
+        self.cache.close_all()
+
+    def limits(self, memory: int | None, weights: int | None) -> Wish:
+        """The wish with other limits."""
+        return replace(self.wish, memory=memory, weights=weights)
+
+    def plan_for(self, wish: Wish) -> Plan:
+        """The plan that an empty model would have."""
+        return make_plan(self._sizes, self._fixed, wish)
+
+    def least(self) -> Plan:
+        """The smallest plan that leaves the sessions in flight what was promised to them."""
+        return smallest(self._sizes, self._fixed, self._needs(self.wish, idle=False))
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Bytes of the smallest plan if no session were open, and of one without limits."""
+        free = replace(self.wish, memory=None, weights=None)
+        least = smallest(self._sizes, self._fixed, free)
+        return least.total, make_plan(self._sizes, self._fixed, free).total
+
+    def move(self, wish: Wish, check: Callable[[], None]) -> Change:
+        """Go to the best plan within `wish`; BudgetError, and no change, if there is none.
+
+        Everything that shrinks has shrunk when this returns, at the boundary of one step: rungs are
+        dropped, idle sessions parked, and the kernel has the memory. `check` is called first.
+        """
+        with self._planning:
+            with self._turns.next():
+                check()
+                plan = self._best(wish)
+                # What was there before must leave room for what comes; both limits hold meanwhile.
+                pages = min(self.cache.pages, plan.kv_pages)
+                grows = plan.rungs > self.weights.depth.rungs
+                if grows:
+                    self.cache.limit(min(self.cache.context, plan.context), pages)
+                else:
+                    self.cache.limit(plan.context, plan.kv_pages)
+                ticket = self.weights.limit(plan.rungs)
+                self._executor.trim_kv()
+            kv = min(plan.kv, self.ledger.owners()["kv"][0]) if grows else plan.kv
+            self.ledger.move({"weights": plan.arena, "kv": kv}, self._total(wish, plan))
+            self.plan, self.wish = plan, wish
+
+            def grow() -> bool:
+                return self._grow(plan, wish, ticket, check)
+
+            if not grows:
+                self._settled = plan, wish
+            self.change = Change(plan, grow if grows else None)
+            return self.change
+
+    def refresh(self, tokenizer: int) -> None:
+        """Tell the ledger what is in memory; `tokenizer` bytes of that part are not, being mapped.
+
+        Called with the turn taken.
+        """
+        parts = self._executor.memory()
+        for owner in ("weights", "kv"):
+            self.ledger.touch(owner, parts.get(owner, 0))
+        held = self.ledger.owners().get("tokenizer")
+        if held is not None:
+            self.ledger.touch("tokenizer", held[0] - tokenizer)
+
+    # --- inside
+
+    def _grow(self, plan: Plan, wish: Wish, ticket: int, check: Callable[[], None]) -> bool:
+        try:
+            if not self.weights.grow(plan.rungs, ticket):
+                return False
+        except BaseException:
+            self._settle(plan, *self._settled, check=None)
+            raise
+        return self._settle(plan, plan, wish, check=check)
+
+    def _settle(
+        self, mine: Plan, plan: Plan, wish: Wish, *, check: Callable[[], None] | None
+    ) -> bool:
+        """The end of a growth to `mine`: from now on `plan` holds, unless another took over."""
+        with self._planning:
+            if self.plan is not mine:
+                return False
+            with self._turns.next():
+                if check is not None:
+                    check()
+                self.cache.limit(plan.context, plan.kv_pages)
+            self.ledger.move({"weights": plan.arena, "kv": plan.kv}, self._total(wish, plan))
+            self.plan, self.wish = plan, wish
+            self._settled = plan, wish
+            return True
+
+    def _best(self, wish: Wish) -> Plan:
+        """Keeps what all open sessions have in memory, or else only what is promised."""
+        try:
+            return make_plan(self._sizes, self._fixed, self._needs(wish, idle=True))
+        except BudgetError:
+            return make_plan(self._sizes, self._fixed, self._needs(wish, idle=False))
+
+    def _needs(self, wish: Wish, *, idle: bool) -> Wish:
+        context, pages = self.cache.needs(idle=idle)
+        return replace(wish, least_context=context, least_pages=pages)
+
+    @staticmethod
+    def _total(wish: Wish, plan: Plan) -> int:
+        return wish.memory or max(system_limit(), plan.total)
