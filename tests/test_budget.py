@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import pliant
 from fakes import executor_of, fake_model
-from pliant.engine import model as model_module
+from pliant.engine import line as line_module
 from pliant.engine.cache import Cache
 from pliant.engine.parking import Parked
 from pliant.errors import BudgetError, ChecksumError, EngineError, PackError
@@ -275,7 +275,7 @@ def test_new_answers_wait_for_room_and_come_in_order() -> None:
     for number in range(2, 6):
         threads.append(threading.Thread(target=answer, args=(number,)))
         threads[-1].start()
-        wait_for(lambda: len(model._waiting) == len(threads))
+        wait_for(lambda: len(model._line) == len(threads))
     assert not ended
     list(first)
     for thread in threads:
@@ -294,7 +294,7 @@ def test_an_answer_that_waits_can_be_cancelled_and_does_not_wait_for_ever(
     second.cancel()
     assert list(second) == []
     assert second.result.finish_reason == "cancelled"
-    monkeypatch.setattr(model_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(line_module, "PATIENCE", 0.05)
     with pytest.raises(EngineError, match="none of them goes on"):
         list(model.generate([3], max_tokens=64, ignore_eos=True))
     list(first)

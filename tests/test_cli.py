@@ -371,6 +371,31 @@ def test_plan_answers_for_one_size_as_run_does(run: Run, pack: Path) -> None:
 # --- eval and bench
 
 
+def test_plan_predicts_the_resident_set_of_a_model_whose_context_is_full(pack: Path) -> None:
+    program = """if True:
+        import json, sys, pliant
+        with pliant.load(sys.argv[1], memory="90MiB", context=1000) as model:
+            with model.session() as session:
+                session.feed([1] * 1000)
+                assert model.audit().ok
+                print(json.dumps({"resident": model.report().resident}))
+    """
+    limits = ["--memory", "90MiB", "--context", "1000", "--json"]
+    plan, resident = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, *command],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for command in (["-m", "pliant", "plan", str(pack), *limits], ["-c", program, str(pack)])
+    )
+    assert 0 <= plan["plan"]["total"] - resident["resident"] <= 8 * 2**20
+
+
 def test_eval_measures_at_many_sizes(run: Run, pack: Path, tmp_path: Path) -> None:
     text, picture = tmp_path / "text.txt", tmp_path / "kl.png"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 12)
@@ -442,3 +467,23 @@ def test_bench_measures_at_many_sizes(run: Run, pack: Path) -> None:
     assert code == 0
     assert "plain" in out
     assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_bench_walks(run: Run, pack: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "walk.png"
+    code, out, err = run("bench", pack, "--walk", "2", "--batch", "2", "--plot", plot, "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    least, most = answer["least"], answer["most"]
+    budgets = [move["budget"] for move in answer["moves"]]
+    assert len(budgets) == 14
+    assert (budgets[0], min(budgets), max(budgets)) == (most, least, most)
+    assert all(least <= sample["budget"] <= most for sample in answer["samples"])
+    assert answer["samples"][-1]["budget"] == budgets[-1]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run("bench", pack, "--walk", "1")
+    assert code == 0
+    assert "less memory: given back after at most" in out
+    for wrong in (["--plot", plot], ["--walk", "1", "--weights", "1MB"], ["--walk", "0"]):
+        assert run("bench", pack, *wrong)[0] == 2

@@ -376,8 +376,8 @@ def test_a_governor_says_what_it_saw_and_did(tmp_path: Path) -> None:
     )
     assert governor.look(0.0) is not None
     assert lines == [
-        "40.0 MiB available to all (machine), 100.0 MiB to be kept free: budget "
-        "300.0 MiB -> 230.0 MiB, fine"
+        "40.0 MiB available (machine), 60.0 MiB less than is to be kept free: budget 300.0 MiB -> "
+        "230.0 MiB, fine"
     ]
     machine(tmp_path, 0, 50 * MIB)
     governor.look(1.0)
@@ -484,7 +484,7 @@ def press(pack: Path, tmp_path: Path, taker: subprocess.Popen[str]) -> None:
         assert model.depth.rungs < full.rungs
         assert model.budget is not None
         assert model.budget < budget
-        assert "to be kept free" in lines[0]
+        assert "less than is to be kept free" in lines[0]
         next(generation)
         take(1)
         wait_for(lambda: model.depth == full)

@@ -170,23 +170,42 @@ struct RowSums {
     V x, y;
     RowSums<Q - 1> rest;
 
-    template <typename F>
-    PLIANT_INLINE void each(F&& f, int row = 0) {
-        f(row, x, y);
-        rest.each(f, row + 1);
+    PLIANT_INLINE void clear() {
+        x = y = zero();
+        rest.clear();
     }
-    PLIANT_INLINE void add(V a, V b, const float* const* rows, int column) {
-        const V factor = set1(rows[0][column]);
+    // The vectors at `first` and `second` of rows, times a factor for each row.
+    PLIANT_INLINE void load_scaled(const Attended* rows, int first, int second,
+                                   const float* factors) {
+        const V factor = set1(*factors);
+        x = mul(load(rows->values + first), factor);
+        y = mul(load(rows->values + second), factor);
+        rest.load_scaled(rows + 1, first, second, factors + 1);
+    }
+    PLIANT_INLINE void add(V a, V b, const float* const* factors, int column) {
+        const V factor = set1(factors[0][column]);
         fma_to(x, a, factor);
         fma_to(y, b, factor);
-        rest.add(a, b, rows + 1, column);
+        rest.add(a, b, factors + 1, column);
+    }
+    PLIANT_INLINE void write(const Attended* rows, int first, int second) const {
+        store(rows->values + first, x);
+        store(rows->values + second, y);
+        rest.write(rows + 1, first, second);
+    }
+    PLIANT_INLINE void write(float (*rows)[kPageTokens]) const {
+        store(rows[0], x);
+        store(rows[0] + kLanes, y);
+        rest.write(rows + 1);
     }
 };
 template <>
 struct RowSums<0> {
-    template <typename F>
-    PLIANT_INLINE void each(F&&, int) {}
+    PLIANT_INLINE void clear() {}
+    PLIANT_INLINE void load_scaled(const Attended*, int, int, const float*) {}
     PLIANT_INLINE void add(V, V, const float* const*, int) {}
+    PLIANT_INLINE void write(const Attended*, int, int) const {}
+    PLIANT_INLINE void write(float (*)[kPageTokens]) const {}
 };
 
 // Softmax over pages as they come (Milakov and Gimelshein 2018): the largest score so far, the sum,
@@ -214,19 +233,16 @@ void attend_some(const Attention& a) {
         const int base = page * kPageTokens;
         const uint16_t* k = a.k[page - a.first_page];
         RowSums<Q> scores;
-        scores.each([](int, V& x, V& y) { x = y = zero(); });
+        scores.clear();
         for (int d = 0; d < dims; ++d, k += kPageTokens)
             scores.add(load_half(k), load_half(k + kLanes), a.q, d);
-        scores.each([&](int q, V& x, V& y) {
-            if (a.softcap > 0.0f) {
-                const V cap = set1(a.softcap);
-                x = mul(cap, tanh(div(x, cap)));
-                y = mul(cap, tanh(div(y, cap)));
-            }
-            store(p[q], x);
-            store(p[q] + kLanes, y);
-        });
+        scores.write(p);
         for (int q = 0; q < Q; ++q) {
+            if (a.softcap > 0.0f)
+                for (int i = 0; i < kPageTokens; i += kLanes) {
+                    const V cap = set1(a.softcap);
+                    store(p[q] + i, mul(cap, tanh(div(load(p[q] + i), cap))));
+                }
             const int from = a.window > 0 ? a.position[q] - a.window + 1 - base : 0;
             const int to = a.position[q] + 1 - base;
             for (int j = 0; j < std::min(from, kPageTokens); ++j) p[q][j] = -INFINITY;
@@ -238,12 +254,10 @@ void attend_some(const Attention& a) {
                 continue;
             }
             const float now = std::max(best[q], top);
-            float rescale[kLanes];
-            store(rescale, exp(set1(best[q] - now)));
+            alpha[q] = first_lane(exp(set1(best[q] - now)));
             const V e0 = exp(sub(load(p[q]), set1(now))), e1 = exp(sub(load(p[q] + 16), set1(now)));
             store(p[q], e0);
             store(p[q] + 16, e1);
-            alpha[q] = rescale[0];
             total[q] = std::fmaf(total[q], alpha[q], sum(add(e0, e1)));
             best[q] = now;
         }
@@ -253,17 +267,11 @@ void attend_some(const Attention& a) {
             // The last of an odd number of vectors is computed twice.
             const int e = std::min(d + kLanes, padded - kLanes);
             RowSums<Q> drawn;
-            drawn.each([&](int q, V& x, V& y) {
-                x = mul(load(a.out[q].values + d), set1(alpha[q]));
-                y = mul(load(a.out[q].values + e), set1(alpha[q]));
-            });
+            drawn.load_scaled(a.out, d, e, alpha);
             const uint16_t* value = v;
             for (int j = 0; j < tokens; ++j, value += padded)
                 drawn.add(load_half(value + d), load_half(value + e), weights, j);
-            drawn.each([&](int q, V& x, V& y) {
-                store(a.out[q].values + d, x);
-                store(a.out[q].values + e, y);
-            });
+            drawn.write(a.out, d, e);
         }
     }
     for (int q = 0; q < Q; ++q) {
@@ -276,11 +284,8 @@ void attend_more(const Attended& more, int dims, const Attended& sum) {
     if (*more.total == 0.0f) return;
     const float best = std::max(*sum.best, *more.best);
     const V before = exp(set1(*sum.best - best)), after = exp(set1(*more.best - best));
-    float a[kLanes], b[kLanes];
-    store(a, before);
-    store(b, after);
     *sum.best = best;
-    *sum.total = std::fmaf(*sum.total, a[0], *more.total * b[0]);
+    *sum.total = std::fmaf(*sum.total, first_lane(before), *more.total * first_lane(after));
     for (int d = 0; d < dims; d += kLanes)
         store(sum.values + d, fma(load(sum.values + d), before, mul(load(more.values + d), after)));
 }

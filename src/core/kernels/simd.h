@@ -33,6 +33,8 @@ inline void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
 inline void store_part(float* p, V a, int n) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
 }
+inline __m256 lower(V a) { return _mm512_castps512_ps256(a.v); }
+inline __m256 upper(V a) { return _mm512_extractf32x8_ps(a.v, 1); }
 inline V set1(float x) { return {_mm512_set1_ps(x)}; }
 inline V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -95,6 +97,8 @@ inline void store_part(float* p, V x, int n) {
     store(t, x);
     std::memcpy(p, t, sizeof(float) * static_cast<size_t>(n));
 }
+inline __m256 lower(V x) { return x.a; }
+inline __m256 upper(V x) { return x.b; }
 inline V set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline V add(V x, V y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline V sub(V x, V y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
@@ -255,21 +259,34 @@ inline V butterfly(const V& a) {
 
 inline V zero() { return set1(0.0f); }
 
-// The sum of the lanes, always in the same order: halves are added, four times.
+// Folds the lanes, always in the same order: halves are brought together, four times.
+#if defined(PLIANT_AVX512) || defined(PLIANT_AVX2)
 inline float sum(V a) {
-    float f[kLanes];
-    store(f, a);
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) f[i] += f[i + width];
-    return f[0];
+    const __m256 eight = _mm256_add_ps(lower(a), upper(a));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 inline float largest(V a) {
-    float f[kLanes];
-    store(f, a);
-    float m = f[0];
-    for (int i = 1; i < kLanes; ++i) m = f[i] > m ? f[i] : m;
-    return m;
+    const __m256 eight = _mm256_max_ps(lower(a), upper(a));
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+inline float first_lane(V a) { return _mm256_cvtss_f32(lower(a)); }
+#else
+inline float first_lane(const V& a) { return a.f[0]; }
+inline float sum(V a) {
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) a.f[i] += a.f[i + width];
+    return a.f[0];
+}
+inline float largest(V a) {
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) a.f[i] = a.f[i] > a.f[i + width] ? a.f[i] : a.f[i + width];
+    return a.f[0];
+}
+#endif
 
 // e^x to about 2 ulp: 2^n · e^r with |r| <= ln 2 / 2, and a polynomial of degree 6 (coefficients:
 // Taylor's, the last two shifted to halve the error at the ends). Zero below -87.3, e^88.3

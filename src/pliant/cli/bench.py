@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pliant.cli.common import (
@@ -12,6 +13,7 @@ from pliant.cli.common import (
     add_size_options,
     load_options,
     natural,
+    need_matplotlib,
     print_json,
     table,
 )
@@ -60,6 +62,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--repeat", metavar="N", type=natural, default=5, help="medians of N (default: 5)"
     )
+    parser.add_argument(
+        "--walk",
+        metavar="SECONDS",
+        type=natural,
+        help="instead, answer for so long while the budget moves down and up",
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        type=Path,
+        help="with --walk: draw budget, resident set, bits and speed (needs pliant[plot])",
+    )
     add_json_option(parser)
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -73,6 +87,12 @@ def run(options: argparse.Namespace) -> int:
     limits = {
         key: value for key, value in load_options(options).items() if key in ("threads", "isa")
     }
+    if options.plot is not None:
+        if options.walk is None:
+            raise UsageError("--plot belongs to --walk")
+        need_matplotlib()
+    if options.walk is not None:
+        return _walk(options, limits)
     with load(options.pack, sessions=options.batch, **limits) as model:
         need = options.prompt_tokens + options.tokens
         if need > model.context:
@@ -114,6 +134,23 @@ def run(options: argparse.Namespace) -> int:
         print_json(answer)
     else:
         _show(answer)
+    return 0
+
+
+def _walk(options: argparse.Namespace, limits: dict[str, Any]) -> int:
+    from pliant.cli.progress import progress_bar
+    from pliant.cli.walk import plot_walk, show_walk, walk
+
+    if options.memory or options.weights:
+        raise UsageError("--walk goes through the sizes by itself: leave out --memory, --weights")
+    with progress_bar(quiet=options.json) as bar:
+        answer = walk(options, limits, bar)
+    if options.plot is not None:
+        plot_walk(answer, options.plot)
+    if options.json:
+        print_json(answer)
+    else:
+        show_walk(answer)
     return 0
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "load_options",
     "memory_option",
     "natural",
+    "need_matplotlib",
     "print_json",
     "quality_text",
     "say",
@@ -133,7 +134,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--isa",
-        choices=("auto", "avx512", "avx2", "plain"),
+        choices=("auto", "amx", "avx512", "avx2", "plain"),
         default="auto",
         help="kernels to compute with (default: the best that this CPU has)",
     )
@@ -151,6 +152,14 @@ def load_options(options: argparse.Namespace) -> dict[str, Any]:
         *("threads", "isa"),
     )
     return {name: value for name in names if (value := getattr(options, name, None)) is not None}
+
+
+def need_matplotlib() -> None:
+    """Raise ModuleNotFoundError if it is not there: before the work, and not after it."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
 
 def say(text: str) -> None:

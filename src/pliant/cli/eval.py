@@ -14,6 +14,7 @@ from pliant.cli.common import (
     add_size_options,
     load_options,
     natural,
+    need_matplotlib,
     print_json,
     say,
     table,
@@ -81,10 +82,7 @@ def run(options: argparse.Namespace) -> int:
     if options.window < 2:
         raise UsageError("--window must be at least 2 tokens")
     if options.plot is not None:
-        from importlib.util import find_spec
-
-        if find_spec("matplotlib") is None:  # known before the work, and not after it
-            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        need_matplotlib()
 
     limits = {
         key: value for key, value in load_options(options).items() if key in ("threads", "isa")

@@ -126,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--raw continues one text: add -p TEXT, or pipe a text in")
     if prompt is None and not talking:
         prompt = _piped()
+    import pliant.engine.control_socket  # noqa: F401 - before its memory is counted
     from pliant.engine.loading import load
 
     limits = load_options(options)

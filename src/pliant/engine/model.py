@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,12 +16,13 @@ from pliant.engine.cache import Cache, ParkedLost
 from pliant.engine.generation import Generation
 from pliant.engine.holdings import Change, Fixed, Holdings
 from pliant.engine.kinds import Depth, GenerationResult, Report
+from pliant.engine.line import Line
+from pliant.engine.reporting import make_report
 from pliant.engine.sampling import Sampling, new_seed
 from pliant.engine.seam import Executor, Floats, Tokenizer
 from pliant.engine.session import Session
 from pliant.engine.turns import Turns
 from pliant.errors import BudgetError, EngineError, UsageError
-from pliant.memory.budget import measure
 from pliant.memory.governor import Governor
 from pliant.memory.ledger import Audit, Ledger
 from pliant.memory.plan import PackSizes, Plan, Wish
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
     from pliant.store import Pack
 
 __all__ = ["Model"]
-
-PATIENCE = 5.0
-"""Seconds that an answer waits for room while no other makes a step."""
 
 
 class Model:
@@ -74,9 +70,7 @@ class Model:
         self._holdings = Holdings(
             executor, RungFiles(pack), self._turns, sizes=sizes, fixed=fixed, wish=wish
         )
-        self._waiting: deque[object] = deque()
-        self._moved = threading.Condition()  # there may be more room
-        self._steps = 0
+        self._line = Line()
         self._governor: Governor | None = None
         self._steering = threading.Lock()
         self._template = template
@@ -110,7 +104,7 @@ class Model:
         self._holdings.close()
         with self._turns:
             del self._holdings, self._executor  # the last references, so the memory goes
-        self._wake()
+        self._line.wake()
 
     # --- text and tokens
 
@@ -344,7 +338,7 @@ class Model:
             self._governor = steer(
                 self._holdings,
                 self._check_open,
-                self._wake,
+                self._line.wake,
                 keep_free=size,
                 log=log,
                 sources=sources,
@@ -403,33 +397,7 @@ class Model:
         with self._turns:
             self._check_open()
             self._refresh()
-            held = self._holdings
-            depths, depth = self._executor.depths(), held.weights.depth
-            (parked, parked_bytes), in_flight = held.cache.parked, held.cache.in_flight
-        now = measure()
-        return Report(
-            pack=str(self.pack.path),
-            budget=held.wish.memory,
-            resident=now.now,
-            peak=now.peak,
-            total=held.ledger.total,
-            free=held.ledger.free,
-            ledger=held.ledger.owners(),
-            rungs=depth.rungs,
-            rungs_available=self.pack.rungs_available,
-            rungs_of_pack=len(self.pack.manifest.rungs),
-            weights=depth.weights,
-            bits_per_weight=depth.bits_per_weight,
-            expected_kl=depth.expected_kl,
-            context=held.cache.context,
-            sessions=held.plan.sessions,
-            in_flight=in_flight,
-            parked=parked,
-            parked_bytes=parked_bytes,
-            threads=self._executor.threads,
-            isa=self._executor.isa,
-            matrices=self._matrix_depths(depths),
-        )
+            return make_report(self.pack, self._executor, self._holdings)
 
     def audit(self) -> Audit:
         """Compare the ledger with the resident set that the kernel reports."""
@@ -453,7 +421,7 @@ class Model:
         with self._turns:
             if not self._closed:
                 self._cache.close(sequence)
-        self._wake()
+        self._line.wake()
 
     def _hold_pages(self, sequence: int, first: int, last: int) -> list[int]:
         """Keep pages first .. last - 1 of a sequence beyond its end; returns their numbers."""
@@ -465,7 +433,7 @@ class Model:
         with self._turns:
             if not self._closed:
                 self._cache.drop(pages)
-        self._wake()
+        self._line.wake()
 
     @property
     def _free_pages(self) -> int:
@@ -484,35 +452,18 @@ class Model:
         with self._turns:
             if not self._closed:
                 self._cache.release(sequence)
-        self._wake()
+        self._line.wake()
 
     def _admit(self, sequence: int, tokens: int, cancelled: Callable[[], bool]) -> bool:
-        """Wait, first come, first served, until room is promised; False if cancelled before.
-
-        EngineError if those that have the room make no step for PATIENCE seconds: they may belong
-        to the thread that waits.
-        """
-        place = object()
-        self._waiting.append(place)
-        steps, since = self._steps, time.monotonic()
+        """Wait until room is promised; False if cancelled before, EngineError if nobody moves."""
         try:
-            while not cancelled():
-                if self._waiting[0] is place and self._reserve(sequence, tokens):
-                    return True
-                with self._moved:
-                    self._moved.wait(0.02)
-                if self._steps != steps:
-                    steps, since = self._steps, time.monotonic()
-                elif time.monotonic() - since > PATIENCE:
-                    raise EngineError(
-                        f"there is no room in the KV cache for {tokens} tokens: "
-                        f"{self._cache.in_flight} answers have it, and none of them goes on; end "
-                        "one, or load with more sessions or a larger budget"
-                    )
-            return False
-        finally:
-            self._waiting.remove(place)
-            self._wake()
+            return self._line.wait(lambda: self._reserve(sequence, tokens), cancelled)
+        except TimeoutError:
+            raise EngineError(
+                f"there is no room in the KV cache for {tokens} tokens: "
+                f"{self._cache.in_flight} answers have it, and none of them goes on; end one, or "
+                "load with more sessions or a larger budget"
+            ) from None
 
     def _step(
         self,
@@ -527,7 +478,7 @@ class Model:
             cache.prepare(sequences, counts)
             rows = self._executor.step(sequences, counts, tokens, want)
             cache.stepped(sequences, counts)
-            self._steps += 1
+            self._line.progress += 1
             return rows, self._holdings.weights.depth
 
     # --- inside
@@ -536,10 +487,6 @@ class Model:
     def _cache(self) -> Cache:
         self._check_open()
         return self._holdings.cache
-
-    def _wake(self) -> None:
-        with self._moved:
-            self._moved.notify_all()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -592,7 +539,7 @@ class Model:
         with self._steering:
             self._stop_governor()
         change = self._holdings.move(wish, self._check_open)
-        self._wake()
+        self._line.wake()
         return change
 
     def _stop_governor(self) -> None:
@@ -605,12 +552,3 @@ class Model:
         self._check_open()
         mapped = getattr(self.tokenizer, "resident_bytes", self._tokenizer_bytes)
         self._holdings.refresh(max(0, self._tokenizer_bytes - mapped))
-
-    def _matrix_depths(self, depths: npt.NDArray[np.uint8]) -> dict[str, float]:
-        """The mean plies of each coded matrix, over its weights."""
-        units, result = self.pack.units, {}
-        for matrix, start in zip(units.matrices, units.first.tolist(), strict=False):
-            part = slice(start, start + matrix.units)
-            rows = units.rows[part]
-            result[matrix.name] = float((depths[part] * rows).sum() / max(int(rows.sum()), 1))
-        return result

@@ -94,7 +94,7 @@ def decide(
     why = ""
     if allowed < budget:
         want = allowed - policy.slack
-        why = f"{format_size(seen.available)} available to all ({seen.bound})"
+        why = _room(policy, seen)
     elif stalled and now - state.moved >= policy.pace:
         part = policy.grade * (2 if seen.full >= policy.full else 1)
         want = budget - max(int((most - floor) * part), 1)
@@ -128,8 +128,17 @@ def decide(
     if target <= budget:
         return state, None
     turned = now if state.direction != 1 else state.turned
-    why = f"{format_size(seen.available)} available to all for {now - state.calm_since:.0f} s"
+    why = f"{_room(policy, seen)} for {now - state.calm_since:.0f} s"
     return replace(state, direction=1, turned=turned, moved=now), Decision(target, why)
+
+
+def _room(policy: Policy, seen: Signals) -> str:
+    """What is available, beside what is to be kept free."""
+    gap = seen.available - policy.keep_free
+    return (
+        f"{format_size(seen.available)} available ({seen.bound}), {format_size(abs(gap))} "
+        f"{'more' if gap >= 0 else 'less'} than is to be kept free"
+    )
 
 
 class Governed(Protocol):
@@ -208,9 +217,8 @@ class Governor:
             if decision is None:
                 if seen.resident + seen.available - self.policy.keep_free < budget <= floor:
                     self._once(
-                        f"{format_size(seen.available)} available to all, "
-                        f"{format_size(self.policy.keep_free)} to be kept free, and nothing left "
-                        f"to give: {format_size(budget)} is the least that is possible now"
+                        f"{_room(self.policy, seen)}, and nothing left to give: "
+                        f"{format_size(budget)} is the least that is possible now"
                     )
                 return None
             if decision.budget > budget and self._model.busy():
@@ -226,8 +234,8 @@ class Governor:
                 self._directions.append(now)
             self._said = None
             self._say(
-                f"{decision.why}, {format_size(self.policy.keep_free)} to be kept free: budget "
-                f"{format_size(budget)} -> {format_size(decision.budget)}, {outcome}"
+                f"{decision.why}: budget {format_size(budget)} -> {format_size(decision.budget)}, "
+                f"{outcome}"
             )
             return decision
 
@@ -255,7 +263,7 @@ class Governor:
                 return  # the model was closed
 
     def _once(self, text: str) -> None:
-        key = text.partition(" ")[2]
+        key = text.rpartition(", ")[2]  # without what was seen, which always differs a little
         if self._said != key:
             self._said = key
             self._say(text)

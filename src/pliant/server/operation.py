@@ -101,10 +101,10 @@ async def detokenize(request: Request) -> Response:
 
 
 async def embeddings(request: Request) -> Response:
-    """POST /v1/embeddings is refused: the core gives logits, and no hidden states."""
+    """POST /v1/embeddings is refused: the engine gives logits, and no hidden states."""
     raise Problem(
         501,
-        "/v1/embeddings is not supported by this server: a step of the core gives logits only, and "
+        "/v1/embeddings is not supported by this server: the engine gives logits only, and "
         "embeddings need the hidden states before the head",
         code="unsupported_endpoint",
     )
