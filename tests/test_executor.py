@@ -272,6 +272,59 @@ def test_a_step_that_cannot_be_made_changes_nothing(pack: Pack) -> None:
         executor.truncate(a, 6)
 
 
+@pytest.mark.parametrize("window", [0, 40, 700])
+def test_long_sequences_are_attended_in_parts(tmp_path: Path, window: int) -> None:
+    """Positions are cut into parts of 512: one by one or in chunks, the bits are the same."""
+    pack = Pack.open(
+        write_random_pack(
+            tmp_path / "pack", least=6, context=2048, layer_window=[0, window], heads=6
+        )
+    )
+    ids = some_ids(160, 1100)
+    want = run(build(pack, threads=1), ids)
+    got = run(build(pack, threads=3, chunk=50), ids, [500, *[1] * 40, 480, *[1] * 10, 70])
+    assert np.array_equal(got, want)
+    assert np.array_equal(run(build(pack, isa="plain"), ids, [1024, 1, 75]), want)
+    oracle = oracle_logits(
+        asdict(pack.manifest.model), pack.base, lambda name: slow_matrix(pack.path, name), ids
+    )
+    assert relative(want, oracle) < 2e-2
+
+
+def test_a_sequence_among_long_ones_gets_its_own_bits(tmp_path: Path) -> None:
+    pack = Pack.open(write_random_pack(tmp_path / "pack", context=2048))
+    texts = [some_ids(160, n, n) for n in (600, 513, 3)]
+    want = [run(build(pack, threads=1), text)[-1] for text in texts]
+    executor = build(pack)
+    sequences = [executor.open_sequence() for _ in texts]
+    for sequence, text in zip(sequences, texts, strict=True):
+        count = len(text) - 1
+        executor.step([sequence], [count], np.array(text[:-1], np.int32), [0])
+    last = np.array([text[-1] for text in texts], np.int32)
+    assert np.array_equal(executor.step(sequences, [1] * 3, last, [1] * 3), np.stack(want))
+
+
+def test_states_are_what_the_head_multiplies(pack: Pack) -> None:
+    ids = np.array(some_ids(pack.manifest.model.vocab, 21), np.int32)
+    executor = build(pack)
+    a, b = executor.open_sequence(), executor.open_sequence()
+    states = executor.states([a, b], [20, 1], ids)
+    assert states.shape == (21, pack.manifest.model.hidden)
+    again = executor.open_sequence()
+    alone = [executor.states([again], [1], ids[i : i + 1]) for i in range(20)]
+    assert np.array_equal(np.concatenate(alone), states[:20])
+    assert np.isfinite(states).all()
+    assert states.std() > 0.1
+
+
+def test_more_threads_than_processors_make_steps_too(pack: Pack) -> None:
+    """A phase ends when its tasks are done; a thread that gets no processor holds nobody up."""
+    ids = some_ids(pack.manifest.model.vocab, 30)
+    want = run(build(pack, threads=1), ids)
+    crowd = build(pack, threads=4 * (os.cpu_count() or 1) + 3)
+    assert np.array_equal(run(crowd, ids, [5, *[1] * 20, 5]), want)
+
+
 def test_a_truncated_sequence_goes_on_as_if_it_had_never_been_longer(pack: Pack) -> None:
     executor = build(pack)
     vocab = pack.manifest.model.vocab

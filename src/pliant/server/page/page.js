@@ -13,6 +13,7 @@ let last = null; // the state before, for speeds
 let history = [];
 let dragged = null; // bytes, while the line is held
 let moving = false;
+let moves = 0;
 
 function size(bytes) {
   return bytes < 10 * 2 ** 30 ? `${(bytes / MIB).toFixed(0)} MiB` : `${(bytes / 2 ** 30).toFixed(1)} GiB`;
@@ -223,18 +224,21 @@ function work(state) {
 // --- moving the budget
 
 async function move(memory) {
+  const mine = ++moves; // an older move that is answered later has nothing to say any more
   moving = true;
   note('moving …');
+  let said = '', bad = false, budget = null;
   try {
-    const budget = await (await call('/v1/budget', { method: 'PUT', body: JSON.stringify({ memory }) })).json();
+    budget = await (await call('/v1/budget', { method: 'PUT', body: JSON.stringify({ memory }) })).json();
     const kl = budget.expected_kl === null ? '' : `, expected KL ${Number(budget.expected_kl.toPrecision(2))}`;
-    note(budget.bits_per_weight === null ? 'moved' : `now ${budget.bits_per_weight.toFixed(2)} bits per weight${kl}`);
-    moving = false;
-    placeLine(budget.memory, budget);
+    said = budget.bits_per_weight === null ? 'moved' : `now ${budget.bits_per_weight.toFixed(2)} bits per weight${kl}`;
   } catch (error) {
-    note(error.message, true);
+    [said, bad] = [error.message, true];
   }
+  if (mine !== moves) return;
   moving = false;
+  note(said, bad);
+  if (budget) placeLine(budget.memory, budget);
 }
 
 function note(text, bad = false) {
