@@ -161,7 +161,7 @@ def walk(options: argparse.Namespace) -> dict[str, Any]:
                 limits.append((begin, end, size))
                 (shrinks if size < before else grows).append(end - begin)
                 all_of_it.append(end - begin)
-                if rng.random() < 0.5:  # the others are overtaken by the next
+                if rng.random() < 0.1:  # the others are overtaken by the next
                     failed += not change.wait(60)
                     if size > before:
                         whole.append(time.monotonic() - begin)

@@ -57,8 +57,8 @@ def served(model: pliant.Model) -> Iterator[ControlSocket]:
 
 def connect(served: ControlSocket) -> socket.socket:
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client.connect(str(served.path))  # waits where many wait
     client.settimeout(20)
-    client.connect(str(served.path))
     return client
 
 

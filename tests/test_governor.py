@@ -484,7 +484,7 @@ def press(pack: Path, tmp_path: Path, taker: subprocess.Popen[str]) -> None:
         assert model.depth.rungs < full.rungs
         assert model.budget is not None
         assert model.budget < budget
-        assert "less than is to be kept free" in lines[0]
+        assert "than is to be kept free: budget " in lines[0]
         next(generation)
         take(1)
         wait_for(lambda: model.depth == full)

@@ -21,6 +21,8 @@ PLIANT_INLINE __m512i broadcast(const int8_t* x) {
     return _mm512_set1_epi32(four);
 }
 
+constexpr int kAhead = 768;  // bytes of a ply that are fetched before they are needed
+
 // One token: plies go from memory through registers straight into the sums. Group after group, so
 // that every ply is read as one stream.
 template <int N>
@@ -42,6 +44,11 @@ void run_vector(const CodedProduct& p, const Run& run) {
                         static_cast<size_t>(p.first) * 256;
         float* out = p.out;
         for (int s = p.first; s < p.last; ++s, out += kSupertile) {
+            repeat<N>([&]<int i>() PLIANT_LAMBDA {
+                for (int line = 0; line < 4; ++line)
+                    _mm_prefetch(reinterpret_cast<const char*>(planes[i] + kAhead + 64 * line),
+                                 _MM_HINT_T0);
+            });
             __m512 step[2];
             row_steps(codes, static_cast<size_t>(s), steps, step);
             repeat<2>([&]<int half>() PLIANT_LAMBDA {

@@ -71,7 +71,7 @@ def ask(path: Path, request: dict[str, Any], seconds: float = 60.0) -> dict[str,
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(seconds)
         try:
-            client.connect(str(path))
+            _connect(client, path, seconds)
             client.sendall(json.dumps(request).encode() + b"\n")
             data = bytearray()
             while not data.endswith(b"\n"):
@@ -86,6 +86,18 @@ def ask(path: Path, request: dict[str, Any], seconds: float = 60.0) -> dict[str,
         raise error_from(answer["error"])
     found: dict[str, Any] = answer
     return found
+
+
+def _connect(client: socket.socket, path: Path, seconds: float) -> None:
+    """Also where so many wait that the kernel asks to try again."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return client.connect(str(path))
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.01)
 
 
 def error_from(told: dict[str, Any]) -> PliantError:
