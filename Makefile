@@ -72,7 +72,8 @@ sanitize: .venv/.depends
 	cp -r src/pliant build/sanitize/site/ && cp build/sanitize/_core*.so build/sanitize/site/pliant/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/site \
-	  $(BIN)/python -m pytest tests/test_executor.py tests/test_tokenizer.py tests/test_sampling.py
+	  $(BIN)/python -m pytest tests/test_executor.py tests/test_tokenizer.py tests/test_sampling.py \
+	  tests/test_scheduler.py
 
 docs: .venv/.pliant
 	$(BIN)/python -m pliant.cli.document > docs/cli.md

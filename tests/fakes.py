@@ -130,6 +130,18 @@ class FakeExecutor:
         assert length <= len(self.sequences[seq])
         del self.sequences[seq][length:]
 
+    def pages(self, seq: int) -> list[int]:
+        raise AssertionError("pages are shared by real executors only")
+
+    def adopt_pages(self, seq: int, pages: list[int]) -> None:
+        assert not pages
+
+    def hold_pages(self, pages: list[int]) -> None:
+        assert not pages
+
+    def drop_pages(self, pages: list[int]) -> None:
+        assert not pages
+
     def trim_kv(self) -> int:
         return 0
 
@@ -164,6 +176,12 @@ class FakeExecutor:
                 raise EngineError("no page")
             self.steps.append((len(tokens), self.resident_rungs))
             return np.array(rows, np.float32).reshape(-1, VOCAB)
+
+    def states(
+        self, seqs: list[int], counts: list[int], tokens: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        rows = self.step(seqs, counts, tokens, [2] * len(seqs))
+        return rows[:, :2]
 
     def memory(self) -> dict[str, int]:
         return {"weights": self.arena_bytes, "kv": self.kv_pages_used * KV_PAGE, "base": 0}

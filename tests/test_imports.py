@@ -23,7 +23,7 @@ ALLOWED = {
     "memory": {""},
     "engine": {"", "memory", "store", "codec"},
     "pack": {"", "store", "codec", "engine", "memory"},
-    "cli": {"", "engine", "memory", "store", "pack"},
+    "cli": {"", "engine", "memory", "store", "pack", "server"},
     "server": {"", "engine", "memory", "store"},
 }
 # The plain modules of the package are used by all and use none of the others.

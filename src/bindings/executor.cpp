@@ -256,6 +256,23 @@ void init_executor(nb::module_& module) {
         .def(
             "truncate", [](Executor& self, int seq, int length) { self.kv.truncate(seq, length); },
             nb::arg("seq"), nb::arg("length"))
+        .def(
+            "pages", [](const Executor& self, int seq) { return self.kv.pages(seq); },
+            nb::arg("seq"))
+        .def(
+            "adopt_pages",
+            [](Executor& self, int seq, const std::vector<int>& pages) {
+                self.kv.adopt(seq, pages);
+            },
+            nb::arg("seq"), nb::arg("pages"))
+        .def(
+            "hold_pages",
+            [](Executor& self, const std::vector<int>& pages) { self.kv.hold(pages); },
+            nb::arg("pages"))
+        .def(
+            "drop_pages",
+            [](Executor& self, const std::vector<int>& pages) { self.kv.drop(pages); },
+            nb::arg("pages"))
         .def("trim_kv", [](Executor& self) { return self.kv.trim(); })
         .def(
             "take_page",

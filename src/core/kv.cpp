@@ -1,6 +1,7 @@
 #include "kv.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "error.h"
@@ -26,11 +27,11 @@ KvCache::KvCache(const ModelSpec& model)
 
 void KvCache::reserve(int pages) {
     if (pages < 0) throw UsageError("a negative number of KV pages");
-    for (const Sequence& s : sequences_)
-        if (!s.pages.empty()) throw EngineError("the KV pool cannot be resized while in use");
+    if (pages_free() != pages_) throw EngineError("the KV pool cannot be resized while in use");
     arena_ = Arena(page_bytes_ * static_cast<uint64_t>(pages));
     pages_ = pages;
     touched_.assign(static_cast<size_t>(pages), false);
+    users_.assign(static_cast<size_t>(pages), 0);
     free_.resize(static_cast<size_t>(pages));
     for (int i = 0; i < pages; ++i) free_[static_cast<size_t>(i)] = pages - 1 - i;  // lowest on top
 }
@@ -55,7 +56,49 @@ const KvCache::Sequence& KvCache::get(int sequence) const {
     return sequences_[static_cast<size_t>(sequence)];
 }
 
-void KvCache::release(int page) { free_.push_back(page); }
+int KvCache::take() {
+    const int page = free_.back();
+    free_.pop_back();
+    users_[static_cast<size_t>(page)] = 1;
+    touched_[static_cast<size_t>(page)] = true;
+    return page;
+}
+
+void KvCache::release(int page) {
+    if (--users_[static_cast<size_t>(page)] == 0) free_.push_back(page);
+}
+
+void KvCache::check_used(const std::vector<int>& pages) const {
+    for (int page : pages)
+        if (page < 0 || page >= pages_ || users_[static_cast<size_t>(page)] == 0)
+            throw EngineError("page " + std::to_string(page) + " of the KV cache is not in use");
+}
+
+void KvCache::hold(const std::vector<int>& pages) {
+    check_used(pages);
+    for (int page : pages) ++users_[static_cast<size_t>(page)];
+}
+
+void KvCache::drop(const std::vector<int>& pages) {
+    for (int page : pages) {
+        check_used({page});  // one by one: a page may be named twice
+        release(page);
+    }
+}
+
+void KvCache::adopt(int sequence, const std::vector<int>& pages) {
+    if (!get(sequence).pages.empty())
+        throw UsageError("only an empty sequence can begin with pages of another");
+    hold(pages);
+    Sequence& s = sequences_[static_cast<size_t>(sequence)];
+    s.pages = pages;
+    s.length = static_cast<int>(pages.size()) * kPageTokens;
+}
+
+// Whether the next token goes into a page that others use too.
+bool KvCache::copies(const Sequence& s) const {
+    return s.length % kPageTokens != 0 && users_[static_cast<size_t>(s.pages.back())] > 1;
+}
 
 void KvCache::close(int sequence) {
     get(sequence);
@@ -79,17 +122,22 @@ void KvCache::truncate(int sequence, int length) {
 
 int KvCache::pages_needed(int sequence, int tokens) const {
     const Sequence& s = get(sequence);
-    return pages_of(s.length + tokens) - static_cast<int>(s.pages.size());
+    const int copy = tokens > 0 && copies(s) ? 1 : 0;
+    return pages_of(s.length + tokens) - static_cast<int>(s.pages.size()) + copy;
 }
 
 void KvCache::extend(int sequence, int tokens) {
     Sequence& s = sequences_[static_cast<size_t>(sequence)];
-    for (int need = pages_needed(sequence, tokens); need > 0; --need) {
-        s.pages.push_back(free_.back());
-        touched_[static_cast<size_t>(free_.back())] = true;
-        free_.pop_back();
+    if (tokens > 0 && copies(s)) {
+        const int page = take();
+        std::memcpy(arena_.data() + page_bytes_ * static_cast<uint64_t>(page),
+                    arena_.data() + page_bytes_ * static_cast<uint64_t>(s.pages.back()),
+                    page_bytes_);
+        release(s.pages.back());
+        s.pages.back() = page;
     }
     s.length += tokens;
+    while (static_cast<int>(s.pages.size()) < pages_of(s.length)) s.pages.push_back(take());
 }
 
 uint16_t* KvCache::keys(int sequence, int page, int layer, int head) const {

@@ -1,4 +1,8 @@
-// The KV cache: pages of kPageTokens tokens, each for all layers, and the sequences that own them.
+// The KV cache: pages of kPageTokens tokens, each for all layers, and the sequences that use them.
+//
+// A page is counted: sequences that begin with the same tokens use the same pages, and whoever
+// keeps prefixes for later holds them without any sequence. A page with one user may be written; of
+// a page with more, a sequence that goes on inside it takes a copy first.
 #pragma once
 
 #include <cstdint>
@@ -18,10 +22,18 @@ class KvCache {
 
     int open();
     void close(int sequence);
+    // The pages of a sequence in order; the last may be partly filled.
+    const std::vector<int>& pages(int sequence) const { return get(sequence).pages; }
+    // Lets an empty sequence begin with whole pages that are in use already.
+    void adopt(int sequence, const std::vector<int>& pages);
+    // Counts one user more, or one less, for pages that are in use.
+    void hold(const std::vector<int>& pages);
+    void drop(const std::vector<int>& pages);
     int length(int sequence) const { return get(sequence).length; }
     // Forgets the tokens from `length` on.
     void truncate(int sequence, int length);
-    // Pages that must be taken before `tokens` tokens can be appended.
+    // Pages that must be taken before `tokens` tokens can be appended: new ones, and the copy of a
+    // shared one.
     int pages_needed(int sequence, int tokens) const;
     // Makes room for `tokens` more tokens; the caller has checked pages_needed against pages_free.
     void extend(int sequence, int tokens);
@@ -48,6 +60,9 @@ class KvCache {
         std::vector<int> pages;
     };
     const Sequence& get(int sequence) const;
+    bool copies(const Sequence& s) const;
+    void check_used(const std::vector<int>& pages) const;
+    int take();
     void release(int page);
 
     int layers_, kv_heads_, head_dim_, value_stride_;
@@ -56,6 +71,7 @@ class KvCache {
     int pages_ = 0;
     Arena arena_;
     std::vector<int> free_;
+    std::vector<int> users_;  // of each page
     std::vector<bool> touched_;
     std::vector<Sequence> sequences_;
 };

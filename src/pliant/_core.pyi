@@ -130,6 +130,14 @@ class Executor:
         """Tokens of a sequence."""
     def truncate(self, seq: int, length: int) -> None:
         """Forget the tokens from `length` on."""
+    def pages(self, seq: int) -> list[int]:
+        """The pages of a sequence in order; the last may be partly filled."""
+    def adopt_pages(self, seq: int, pages: list[int]) -> None:
+        """Let an empty sequence begin with whole pages that are in use already."""
+    def hold_pages(self, pages: list[int]) -> None:
+        """Count one user more for pages that are in use; they stay until `drop_pages`."""
+    def drop_pages(self, pages: list[int]) -> None:
+        """Count one user less; a page without users is free."""
     def trim_kv(self) -> int:
         """Give the memory of unused pages back; returns its bytes."""
     def take_page(self, seq: int, page: int, into: npt.NDArray[np.uint8]) -> None:

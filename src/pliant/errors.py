@@ -10,6 +10,8 @@
     ├── BudgetError        something does not fit in the bytes that were given
     ├── ModelError         the architecture or a feature of it is not supported
     └── EngineError        the engine refused or could not finish a request
+        ├── BusyError      its queue is full: try again later
+        └── DeadlineError  an answer was not done when it had to be
 
 Every message names the cause, the numbers, and the way out.
 """
@@ -18,7 +20,9 @@ from __future__ import annotations
 
 __all__ = [
     "BudgetError",
+    "BusyError",
     "ChecksumError",
+    "DeadlineError",
     "EngineError",
     "FormatError",
     "ModelError",
@@ -68,3 +72,15 @@ class ModelError(PliantError):
 
 class EngineError(PliantError):
     """The engine refused a request or could not finish it."""
+
+
+class BusyError(EngineError):
+    """The queue is full. `retry_after`: seconds after which it may have room."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(EngineError):
+    """An answer was not done when it had to be."""

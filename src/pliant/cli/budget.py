@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pliant.cli.common import (
     quality_text,
     size_option,
 )
-from pliant.errors import EngineError, UsageError
+from pliant.errors import BudgetError, EngineError, UsageError
 from pliant.sizes import format_size
 
 LARGEST_ANSWER = 2**20
@@ -118,12 +119,16 @@ def _over_http(url: str, request: dict[str, Any] | None) -> dict[str, Any]:
         raise UsageError(f"{url!r} is not the address of a server; write http://HOST:PORT")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(host, port, timeout=60)
+    key = os.environ.get("PLIANT_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if request is not None:
+        headers["Content-Type"] = "application/json"
     try:
         connection.request(
             "GET" if request is None else "PUT",
             parts.path.rstrip("/").removesuffix("/v1") + "/v1/budget",
             None if request is None else json.dumps(request),
-            {} if request is None else {"Content-Type": "application/json"},
+            headers,
         )
         response = connection.getresponse()
         answer = json.loads(response.read(LARGEST_ANSWER))
@@ -132,6 +137,8 @@ def _over_http(url: str, request: dict[str, Any] | None) -> dict[str, Any]:
     finally:
         connection.close()
     if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
+        if response.status == 409:
+            raise BudgetError(str(answer["error"].get("message")))
         raise error_from(answer["error"])
     if response.status != 200 or not isinstance(answer, dict):
         raise EngineError(f"{url} does not answer as a pliant server: status {response.status}")

@@ -13,7 +13,7 @@ from pliant.errors import PliantError, UsageError
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
-COMMANDS = ("pack", "run", "plan", "budget", "eval", "bench")
+COMMANDS = ("pack", "run", "serve", "batch", "top", "plan", "budget", "eval", "bench")
 """Names of the commands; each is a module here with `add_parser` and `run`."""
 
 EPILOG = """\

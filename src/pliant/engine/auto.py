@@ -39,15 +39,12 @@ def first_budget(
 class Steering:
     """What the governor sees of a model and does to it."""
 
-    __slots__ = ("_check", "_holdings", "_most", "_moved")
+    __slots__ = ("_check", "_holdings", "_most")
 
-    def __init__(
-        self, holdings: Holdings, check: Callable[[], None], moved: Callable[[], None]
-    ) -> None:
-        """`check` raises if the model was closed; `moved` is called after a change."""
+    def __init__(self, holdings: Holdings, check: Callable[[], None]) -> None:
+        """`check` raises if the model was closed."""
         self._holdings = holdings
         self._check = check
-        self._moved = moved
         self._most = holdings.plan_for(replace(holdings.wish, memory=None)).total
 
     def current(self) -> int:
@@ -67,7 +64,6 @@ class Steering:
     def move(self, budget: int) -> str:
         """Go there; the rungs of a growth follow in the background."""
         change = self._holdings.move(self._holdings.limits(budget, None), self._check).start()
-        self._moved()
         plan = change.plan
         bits = plan.bits_per_weight
         quality = "plain weights" if bits is None else f"{bits:.2f} bits/weight"
@@ -83,7 +79,6 @@ class Steering:
 def steer(
     holdings: Holdings,
     check: Callable[[], None],
-    moved: Callable[[], None],
     *,
     keep_free: int | None,
     log: Callable[[str], None] | None,
@@ -93,7 +88,7 @@ def steer(
     sources = sources or Sources()
     total = sources.read().total
     policy = Policy(keep_free=default_keep_free(total) if keep_free is None else keep_free)
-    steering = Steering(holdings, check, moved)
+    steering = Steering(holdings, check)
     first = first_room(steering, policy, sources)
     if first != holdings.wish.memory:
         steering.move(first)

@@ -1,23 +1,32 @@
-"""Who may use how much of the KV cache: promises, limits, and sessions parked on disk.
+"""The one owner of the KV cache: sequences, promises, pages kept for reuse, sessions on disk.
 
-A session is *in flight* while room is promised to it, as an answer does from its prompt to its end,
-and *idle* otherwise. What is promised is never taken away. Idle sessions keep their pages as long
-as nobody else needs them; then those that were used longest ago go to disk, and come back when they
-are used.
+A sequence is *in flight* while room is promised to it, as an answer does from its prompt to its
+end, and *idle* otherwise. What is promised is never taken by others. Idle sequences keep their
+pages as long as nobody needs the room: then those that were used longest ago go to disk, and come
+back when they are used. Pages that are kept for reuse and that nobody uses go before any of them.
+
+Two kinds go through here. A *session* holds what it was promised, whatever comes. An *answer* of
+the scheduler is promised its prompt and a page to go on in, and may have to give way: it loses its
+pages, keeps its claim on the context, and is computed again when there is room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from enum import Enum
 
 import numpy as np
 
 from pliant.engine.parking import Page, Parked
+from pliant.engine.prefixes import Prefixes
 from pliant.engine.seam import Executor
 from pliant.errors import ChecksumError, EngineError
 from pliant.memory.plan import PackSizes
 
-__all__ = ["Cache", "CacheFull", "ParkedLost"]
+__all__ = ["Cache", "CacheFull", "Keep", "ParkedLost", "Rank"]
+
+Rank = tuple[int, int]
+"""Which answers give way first: those with the largest."""
 
 
 class CacheFull(EngineError):
@@ -32,14 +41,26 @@ class ParkedLost(EngineError):
         self.sequence = sequence
 
 
+class Keep(Enum):
+    """What a smaller budget leaves in memory, in the order in which it is tried."""
+
+    SESSIONS = "sessions"  # all that open sessions and answers have, but not kept prefixes
+    ANSWERS = "answers"  # what is in flight; idle sessions go to disk
+    LEAST = "least"  # what was promised to sessions, and one answer at a time
+
+
 class _Entry:
-    __slots__ = ("length", "parked", "promised", "used")
+    __slots__ = ("claim", "keys", "length", "parked", "promised", "rank", "used")
 
     def __init__(self) -> None:
         self.length = 0
         self.promised: int | None = None  # tokens in all; None: idle
         self.parked: Parked | None = None
         self.used = 0
+        # Of an answer:
+        self.rank: Rank | None = None  # None: a session
+        self.claim = 0  # tokens that it may have in the end
+        self.keys: list[bytes] = []  # its first pages, which others may use too
 
 
 class Cache:
@@ -51,6 +72,8 @@ class Cache:
     def __init__(self, executor: Executor, sizes: PackSizes, context: int, pages: int) -> None:
         self.context = context
         self.pages = pages
+        self.page_tokens = sizes.kv_page_tokens
+        self.prefixes = Prefixes(executor.drop_pages)
         self._executor = executor
         self._sizes = sizes
         self._entries: dict[int, _Entry] = {}
@@ -65,11 +88,12 @@ class Cache:
         return sequence
 
     def close(self, sequence: int) -> None:
-        """Forget a sequence."""
+        """Forget a sequence; what it shared is kept for reuse."""
         entry = self._entries.pop(sequence)
         if entry.parked is not None:
             entry.parked.close()
         self._executor.close_sequence(sequence)
+        self.prefixes.release(entry.keys)
 
     def close_all(self) -> None:
         """Delete what is parked; the executor goes away with everything else."""
@@ -79,7 +103,7 @@ class Cache:
         self._entries.clear()
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget the tokens from `length` on."""
+        """Forget the tokens of a session from `length` on."""
         entry = self._entries[sequence]
         if entry.parked is None:
             self._executor.truncate(sequence, length)
@@ -102,6 +126,65 @@ class Cache:
         entry = self._entries.get(sequence)
         if entry is not None:
             entry.promised = None
+
+    # --- answers
+
+    def admit(
+        self, sequence: int, tokens: int, keys: Sequence[bytes], *, claim: int, rank: Rank
+    ) -> int | None:
+        """Let an empty sequence be an answer: promise room for `tokens` tokens, and begin with as
+        many of the pages `keys` as are kept.
+
+        `claim`: tokens that it may have in the end, below which no budget takes the context.
+        Returns how many pages it begins with; None, and no change: there is no room now.
+        EngineError as in `limit`.
+        """
+        entry = self._entries[sequence]
+        before = entry.rank, entry.claim
+        entry.rank, entry.claim = rank, max(claim, tokens)
+        entry.keys = list(keys[: self.prefixes.count(keys)])
+        self._executor.adopt_pages(sequence, self.prefixes.acquire(entry.keys))
+        entry.length = len(entry.keys) * self.page_tokens
+        found = None
+        try:
+            if self.reserve(sequence, tokens):
+                found = len(entry.keys)
+        finally:
+            if found is None:
+                self.give_way(sequence)
+                entry.rank, entry.claim = before
+        return found
+
+    def share(self, sequence: int, keys: Sequence[bytes]) -> None:
+        """Let others find the first pages of an answer, which are full; `keys` names all those."""
+        entry = self._entries[sequence]
+        first = len(entry.keys)
+        pages = self._executor.pages(sequence)[first : len(keys)]
+        self._executor.hold_pages(pages)
+        for key, page in zip(keys[first:], pages, strict=True):
+            if not self.prefixes.insert(key, page):
+                self._executor.drop_pages([page])
+            entry.keys.append(key)
+
+    def give_way(self, sequence: int) -> None:
+        """Take the pages of an answer, until it is admitted again; its claim stays."""
+        entry = self._entries[sequence]
+        entry.claim = max(entry.claim, entry.length)
+        self._executor.truncate(sequence, 0)
+        self.prefixes.release(entry.keys)
+        entry.keys, entry.length, entry.promised = [], 0, None
+
+    def holds(self, sequence: int) -> bool:
+        """Whether a sequence is in flight; an answer that gave way is not."""
+        return self._entries[sequence].promised is not None
+
+    def promised(self, sequence: int) -> int:
+        """Tokens that are promised to a sequence in all."""
+        return self._entries[sequence].promised or 0
+
+    def forget(self) -> None:
+        """Give up all pages that are kept for reuse and that nobody uses."""
+        self.prefixes.evict(self.prefixes.idle)
 
     # --- steps
 
@@ -140,31 +223,52 @@ class Cache:
 
     # --- limits
 
-    def needs(self, *, idle: bool) -> tuple[int, int]:
-        """The most tokens of one sequence and the pages of all that a plan must leave.
-
-        With `idle`, those of idle sessions that are in memory are counted too.
-        """
-        context = pages = 0
+    def needs(self, keep: Keep) -> tuple[int, int]:
+        """The most tokens of one sequence and the pages of all that a plan must leave."""
+        context = promised = largest = idle = 0
         for entry in list(self._entries.values()):  # also asked for without the turn
-            if entry.promised is not None or (idle and entry.parked is None):
-                context = max(context, entry.length, entry.promised or 0)
-                pages += self._held(entry)
-        return context, pages
+            tokens = max(entry.length, entry.promised or 0, entry.claim)
+            if entry.rank is not None:
+                largest = max(largest, self._sizes.pages(tokens))
+            elif entry.promised is not None:
+                promised += self._held(entry)
+            else:
+                idle += self._held(entry)
+                if keep is not Keep.SESSIONS or entry.parked is not None:
+                    continue
+            context = max(context, tokens)
+        least = promised + largest
+        if keep is Keep.LEAST:
+            return context, least
+        pages = self._taken() - self.prefixes.idle - (0 if keep is Keep.SESSIONS else idle)
+        return context, max(pages, least)
 
     def limit(self, context: int, pages: int) -> None:
-        """New limits, which leave what `needs` says without idle ones; parks what is too much.
+        """New limits, which leave what `needs` says of the least.
 
-        EngineError, and the old limits, if it cannot be written.
+        What is too much goes: kept prefixes, then idle sessions to disk, then answers give way, the
+        largest rank first. EngineError, and the old limits, if a session cannot be written.
         """
         before, self.pages = self.pages, pages
         try:
-            if not self._make_room(0, ()):
-                raise CacheFull(f"the sessions in flight need more than {pages} pages of KV")
+            while not self._make_room(0, ()):
+                found = [
+                    (entry.rank, sequence)
+                    for sequence, entry in self._entries.items()
+                    if entry.rank is not None and entry.promised is not None
+                ]
+                if not found:
+                    raise CacheFull(f"the sessions in flight need more than {pages} pages of KV")
+                self.give_way(max(found)[1])
         except BaseException:
             self.pages = before
             raise
         self.context = context
+
+    @property
+    def used(self) -> int:
+        """Pages in memory, those that are kept for reuse included."""
+        return self._executor.kv_pages_used
 
     @property
     def parked(self) -> tuple[int, int]:
@@ -174,8 +278,8 @@ class Cache:
 
     @property
     def in_flight(self) -> int:
-        """How many sessions have a promise."""
-        return sum(entry.promised is not None for entry in self._entries.values())
+        """How many sessions and answers have a promise."""
+        return sum(entry.promised is not None for entry in list(self._entries.values()))
 
     # --- inside
 
@@ -185,9 +289,19 @@ class Cache:
             return self._sizes.pages(max(entry.length, entry.promised))
         return 0 if entry.parked is not None else self._sizes.pages(entry.length)
 
+    def _taken(self) -> int:
+        """Pages in memory, each once, and those that were promised and are not there yet."""
+        taken = self._executor.kv_pages_used
+        for entry in list(self._entries.values()):
+            if entry.promised is not None:
+                there = 0 if entry.parked is not None else self._sizes.pages(entry.length)
+                taken += self._held(entry) - there
+        return taken
+
     def _make_room(self, extra: int, keep: Collection[int]) -> bool:
-        """Park idle sessions until `extra` more pages fit; False if they cannot."""
-        spare = self.pages - extra - sum(map(self._held, self._entries.values()))
+        """Give up kept prefixes and park idle sessions until `extra` more pages fit; False, and no
+        change, if that is not enough."""
+        spare = self.pages - extra - self._taken()
         if spare >= 0:
             return True
         idle = [
@@ -195,8 +309,10 @@ class Cache:
             for sequence, entry in self._entries.items()
             if sequence not in keep and entry.promised is None and self._held(entry)
         ]
-        if spare + sum(self._held(self._entries[sequence]) for _, sequence in idle) < 0:
+        sessions = sum(self._held(self._entries[sequence]) for _, sequence in idle)
+        if spare + self.prefixes.idle + sessions < 0:
             return False
+        spare += self.prefixes.evict(-spare)
         for _, sequence in sorted(idle):
             if spare >= 0:
                 break

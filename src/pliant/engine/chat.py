@@ -24,7 +24,7 @@ MAX_TEMPLATE = 2**20
 class ChatTemplate:
     """A compiled template. Importing jinja2 takes some 7 MiB: make one only when it is needed."""
 
-    __slots__ = ("_template", "_tokens")
+    __slots__ = ("_template", "_tokens", "source")
 
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None) -> None:
         """`tokens`: names and texts of special tokens, such as `bos_token`.
@@ -35,6 +35,7 @@ class ChatTemplate:
 
         from pliant.engine.sandbox import make_environment
 
+        self.source = source
         self._tokens = dict(tokens or {})
         if len(source) > MAX_TEMPLATE:
             raise FormatError(f"the chat template has {len(source)} characters, and may have 2^20")

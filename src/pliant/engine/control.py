@@ -43,6 +43,7 @@ class BudgetControl:
             "resident": report.resident,
             "peak": report.peak,
             "rungs": report.rungs,
+            "rungs_available": report.rungs_available,
             "weights": report.weights,
             "bits_per_weight": report.bits_per_weight,
             "expected_kl": report.expected_kl,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from pliant.engine.build import RungFiles
-from pliant.engine.cache import Cache
+from pliant.engine.cache import Cache, Keep
 from pliant.engine.seam import Executor
 from pliant.engine.turns import Turns
 from pliant.engine.weights import Weights
@@ -105,7 +106,9 @@ class Holdings:
         sizes: PackSizes,
         fixed: Fixed,
         wish: Wish,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
+        """`moved` is called after each change of the limits: there may be more room."""
         self.plan: Plan = make_plan(sizes, fixed, wish)
         self.wish = wish
         self.ledger = Ledger(self._total(wish, self.plan))
@@ -117,6 +120,7 @@ class Holdings:
         self._sizes = sizes
         self._fixed = fixed
         self._turns = turns
+        self._moved = moved
         self._planning = threading.Lock()
         self._settled = (self.plan, wish)
         executor.reserve_kv(sizes.pages(sizes.context) * wish.sessions)
@@ -143,14 +147,17 @@ class Holdings:
         return make_plan(self._sizes, self._fixed, wish)
 
     def least(self) -> Plan:
-        """The smallest plan that leaves the sessions in flight what was promised to them."""
-        return smallest(self._sizes, self._fixed, self._needs(self.wish, idle=False))
+        """The smallest plan that leaves sessions what was promised to them, and an answer of the
+        scheduler room to end, one after the other."""
+        wish = replace(self.wish, weights=None)
+        return smallest(self._sizes, self._fixed, self._needs(wish, Keep.LEAST))
 
     def move(self, wish: Wish, check: Callable[[], None]) -> Change:
         """Go to the best plan within `wish`; BudgetError, and no change, if there is none.
 
-        Everything that shrinks has shrunk when this returns, at the boundary of one step: rungs are
-        dropped, idle sessions parked, and the kernel has the memory. `check` is called first.
+        Everything that shrinks has shrunk when this returns, at the boundary of one step: rungs and
+        kept prefixes are dropped, idle sessions parked, answers have given way if they must, and
+        the kernel has the memory. `check` is called first.
         """
         with self._planning:
             with self._turns.next():
@@ -159,6 +166,8 @@ class Holdings:
                 # What was there before must leave room for what comes; both limits hold meanwhile.
                 pages = min(self.cache.pages, plan.kv_pages)
                 grows = plan.rungs > self.weights.depth.rungs
+                if plan.rungs != self.weights.depth.rungs:
+                    self.cache.forget()  # pages of another depth are never used again
                 if grows:
                     self.cache.limit(min(self.cache.context, plan.context), pages)
                 else:
@@ -175,7 +184,8 @@ class Holdings:
             if not grows:
                 self._settled = plan, wish
             self.change = Change(plan, grow if grows else None)
-            return self.change
+        self._moved()
+        return self.change
 
     def refresh(self, tokenizer: int) -> None:
         """Tell the ledger what is in memory; `tokenizer` bytes of that part are not, being mapped.
@@ -211,20 +221,22 @@ class Holdings:
                 if check is not None:
                     check()
                 self.cache.limit(plan.context, plan.kv_pages)
+                self.cache.forget()  # the depth is another
             self.ledger.move({"weights": plan.arena, "kv": plan.kv}, self._total(wish, plan))
             self.plan, self.wish = plan, wish
             self._settled = plan, wish
-            return True
+        self._moved()
+        return True
 
     def _best(self, wish: Wish) -> Plan:
-        """Keeps what all open sessions have in memory, or else only what is promised."""
-        try:
-            return make_plan(self._sizes, self._fixed, self._needs(wish, idle=True))
-        except BudgetError:
-            return make_plan(self._sizes, self._fixed, self._needs(wish, idle=False))
+        """Keeps as much as it can of what is open: weights go to their floor before that does."""
+        for keep in (Keep.SESSIONS, Keep.ANSWERS):
+            with suppress(BudgetError):
+                return make_plan(self._sizes, self._fixed, self._needs(wish, keep))
+        return make_plan(self._sizes, self._fixed, self._needs(wish, Keep.LEAST))
 
-    def _needs(self, wish: Wish, *, idle: bool) -> Wish:
-        context, pages = self.cache.needs(idle=idle)
+    def _needs(self, wish: Wish, keep: Keep) -> Wish:
+        context, pages = self.cache.needs(keep)
         return replace(wish, least_context=context, least_pages=pages)
 
     @staticmethod

@@ -21,10 +21,12 @@ class Line:
     progress: counts whatever will make room at last; who waits looks whether it still rises
     """
 
-    __slots__ = ("_moved", "_places", "progress")
+    __slots__ = ("_moved", "_places", "progress", "watchers")
 
     def __init__(self) -> None:
         self.progress = 0
+        self.watchers: list[Callable[[], None]] = []
+        """Called by `wake`, in its thread."""
         self._places: deque[object] = deque()
         self._moved = threading.Condition()
 
@@ -59,3 +61,5 @@ class Line:
         """There may be room."""
         with self._moved:
             self._moved.notify_all()
+        for watcher in list(self.watchers):
+            watcher()

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Parts", "load", "open_parts"]
 
-LOGIT_ROWS = 2  # rows of logits that an answer has in memory at once
+LOGIT_ROWS = 1  # rows of logits in memory at once besides one for each answer
 ROUNDING = MIB  # fixed parts are rounded up to it, so that plans do not differ from run to run
+
+Also = tuple[str, "Callable[[Pack, Tokenizer], int]"]
+"""An owner in the ledger, and what makes that which it owns."""
 
 
 class Parts:
@@ -57,9 +60,13 @@ def open_parts(
     isa: str = "auto",
     chunk: int = 128,
     chat: bool = True,
+    answers: int = 1,
+    also: Also | None = None,
     limit: int | None = None,
 ) -> Parts:
     """Open a pack and build executor and tokenizer. `limit`: most bytes for base tensors."""
+    if isinstance(answers, bool) or not isinstance(answers, int) or not 1 <= answers <= 4096:
+        raise UsageError(f"answers must be from 1 to 4096, and not {answers!r}")
     if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 4096:
         raise UsageError(f"chunk must be from 1 to 4096 tokens, and not {chunk!r}")
     count = default_threads(threads)
@@ -77,6 +84,10 @@ def open_parts(
     found = find_template(pack.path) if chat else None
     template = None if found is None else ChatTemplate(*found)
     meter.mark("chat template")
+    reserve = 0
+    if also is not None:
+        reserve = also[1](pack, tokenizer)
+        meter.mark(also[0])
     parts, memory = dict(meter.parts), executor.memory()
     activations = memory.get("activations", 0)
     # What was promised to the executor and not yet touched will be, with the first step.
@@ -87,10 +98,12 @@ def open_parts(
         "tokenizer": grown + unread,
         "base": parts["base"] - activations + untouched,
         "activations": activations,
-        "logits": LOGIT_ROWS * vocab * 4,
+        "logits": (LOGIT_ROWS + answers) * vocab * 4,
         "chat template": parts["chat template"],
-        "margin": margin(),
+        "margin": margin() + reserve,
     }
+    if also is not None:
+        fixed[also[0]] = parts[also[0]]
     fixed["margin"] += -sum(fixed.values()) % ROUNDING
     named = tuple((name, max(size, 0)) for name, size in fixed.items() if size)
     return Parts(pack, executor, tokenizer, pack_sizes(pack, executor), named, template)
@@ -111,6 +124,8 @@ def load(
     kv_bits: int = 16,
     chunk: int = 128,
     chat: bool = True,
+    answers: int = 1,
+    also: Also | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Model:
     """Load a pack within a budget.
@@ -127,6 +142,9 @@ def load(
     kv_bits:   bits of a value in the KV cache; 16 is the only choice
     chunk:     tokens of a prompt that are computed at once; fewer take less memory
     chat:      prepare the chat template, if the pack has one (some 7 MiB for jinja2)
+    answers:   how many answers may be computed in one step; each needs a row of logits
+    also:      an owner in the ledger, and a function that makes what it owns from the pack and the
+               tokenizer, and returns how many bytes more to leave free
     log:       with memory="auto", called with a line for each move of the budget
 
     Raises PackError for a pack that cannot be used, BudgetError with the sum if it does not fit,
@@ -148,7 +166,16 @@ def load(
         min_bits=min_bits,
         max_kl=max_kl,
     )
-    parts = open_parts(path, threads=threads, isa=isa, chunk=chunk, chat=chat, limit=wish.memory)
+    parts = open_parts(
+        path,
+        threads=threads,
+        isa=isa,
+        chunk=chunk,
+        chat=chat,
+        answers=answers,
+        also=also,
+        limit=wish.memory,
+    )
     if auto:
         first = first_budget(parts.sizes, parts.fixed, wish, free, Sources())
         wish = replace(wish, memory=first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from pliant.engine.build import RungFiles
 from pliant.engine.cache import Cache, ParkedLost
 from pliant.engine.generation import Generation
 from pliant.engine.holdings import Change, Fixed, Holdings
-from pliant.engine.kinds import Depth, GenerationResult, Report
+from pliant.engine.kinds import Depth, DepthTrack, GenerationResult, Report
 from pliant.engine.line import Line
 from pliant.engine.reporting import make_report
 from pliant.engine.sampling import Sampling, new_seed
@@ -67,10 +68,16 @@ class Model:
         self._executor = executor
         self._sizes = sizes
         self._turns = Turns()
-        self._holdings = Holdings(
-            executor, RungFiles(pack), self._turns, sizes=sizes, fixed=fixed, wish=wish
-        )
         self._line = Line()
+        self._holdings = Holdings(
+            executor,
+            RungFiles(pack),
+            self._turns,
+            sizes=sizes,
+            fixed=fixed,
+            wish=wish,
+            moved=self._line.wake,
+        )
         self._governor: Governor | None = None
         self._steering = threading.Lock()
         self._template = template
@@ -121,6 +128,11 @@ class Model:
     def has_chat(self) -> bool:
         """Whether there is a chat template."""
         return self._template is not None
+
+    @property
+    def template_source(self) -> str | None:
+        """The chat template as it came with the model; None without one."""
+        return None if self._template is None else self._template.source
 
     def chat_prompt(self, messages: Sequence[Message], **values: Any) -> list[int]:
         """The ids of a conversation, up to where the answer begins.
@@ -255,6 +267,36 @@ class Model:
         with self.session() as session:
             yield from session.feed_all(ids, rows)
 
+    def embed(
+        self,
+        ids: Sequence[int],
+        *,
+        track: DepthTrack | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Floats:
+        """The mean of the last hidden states, after the last norm, over all tokens: float32
+        [hidden].
+
+        Waits for room as an answer does. `track`: gets the depths of the steps. `cancelled`: asked
+        before each step; an EngineError follows if it says so.
+        """
+        ids = self._checked(ids)
+        if not ids:
+            raise UsageError("no token was given")
+        self._fits_context(len(ids))
+        total = np.zeros(self.pack.manifest.model.hidden, np.float64)
+        with self.session() as session:
+            there = self._admit(session.sequence, len(ids), cancelled)
+            states = session.states_all(ids, track) if there else iter(())
+            for block in states:
+                total += block.sum(axis=0, dtype=np.float64)
+                if cancelled():
+                    break
+            if len(session) < len(ids):
+                raise EngineError("it was cancelled")
+        mean: Floats = (total / len(ids)).astype(np.float32)
+        return mean
+
     # --- the budget
 
     @property
@@ -318,7 +360,6 @@ class Model:
             self._governor = steer(
                 self._holdings,
                 self._check_open,
-                self._line.wake,
                 keep_free=size,
                 log=log,
                 sources=sources,
@@ -382,9 +423,11 @@ class Model:
 
     # --- for sessions
 
-    def _open_sequence(self) -> int:
+    @contextmanager
+    def _turn(self) -> Iterator[Cache]:
+        """The turn, and the cache, which is used with it only; EngineError once it is closed."""
         with self._turns:
-            return self._cache.open()
+            yield self._cache
 
     def _close_sequence(self, sequence: int) -> None:
         with self._turns:
@@ -392,13 +435,9 @@ class Model:
                 self._cache.close(sequence)
         self._line.wake()
 
-    def _truncate(self, sequence: int, length: int) -> None:
-        with self._turns:
-            self._cache.truncate(sequence, length)
-
     def _reserve(self, sequence: int, tokens: int) -> bool:
-        with self._turns:
-            return self._cache.reserve(sequence, min(tokens, self._cache.context))
+        with self._turn() as cache:
+            return cache.reserve(sequence, min(tokens, cache.context))
 
     def _release(self, sequence: int) -> None:
         with self._turns:
@@ -422,16 +461,32 @@ class Model:
         sequences: list[int],
         counts: list[int],
         tokens: npt.NDArray[np.int32],
-        want: list[int],
+        want: Sequence[int] | None,
     ) -> tuple[Floats, Depth]:
-        """One step, and the depth it was made with. EngineError, and no change, without room."""
+        """One step with a turn of its own; the rest as `_step_in_turn`."""
         with self._turns:
-            cache = self._cache
-            cache.prepare(sequences, counts)
-            rows = self._executor.step(sequences, counts, tokens, want)
-            cache.stepped(sequences, counts)
-            self._line.progress += 1
-            return rows, self._holdings.weights.depth
+            return self._step_in_turn(sequences, counts, tokens, want)
+
+    def _step_in_turn(
+        self,
+        sequences: list[int],
+        counts: list[int],
+        tokens: npt.NDArray[np.int32],
+        want: Sequence[int] | None,
+    ) -> tuple[Floats, Depth]:
+        """One step, and the depth it was made with. EngineError, and no change, without room.
+
+        `want` None: hidden states of all tokens instead of logits.
+        """
+        cache = self._cache
+        cache.prepare(sequences, counts)
+        if want is None:
+            rows = self._executor.states(sequences, counts, tokens)
+        else:
+            rows = self._executor.step(sequences, counts, tokens, list(want))
+        cache.stepped(sequences, counts)
+        self._line.progress += 1
+        return rows, self._holdings.weights.depth
 
     # --- inside
 
@@ -490,9 +545,7 @@ class Model:
         wish = self._limits(memory, weights)
         with self._steering:
             self._stop_governor()
-        change = self._holdings.move(wish, self._check_open)
-        self._line.wake()
-        return change
+        return self._holdings.move(wish, self._check_open)
 
     def _stop_governor(self) -> None:
         if self._governor is not None:

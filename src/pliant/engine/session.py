@@ -32,7 +32,8 @@ class Session:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._sequence: int | None = model._open_sequence()
+        with model._turn() as cache:
+            self._sequence: int | None = cache.open()
         self.tokens: list[int] = []
         """The tokens whose keys and values are in the cache."""
 
@@ -99,7 +100,8 @@ class Session:
                 break
             common += 1
         if common < len(self.tokens):
-            self._model._truncate(self.sequence, common)
+            with self._model._turn() as cache:
+                cache.truncate(self.sequence, common)
             del self.tokens[common:]
         return common
 
@@ -118,13 +120,20 @@ class Session:
         for start in range(0, len(ids), piece):
             yield self._step(ids[start : start + piece], 2, None)
 
-    def _step(self, ids: Sequence[int], want: Literal[0, 1, 2], track: DepthTrack | None) -> Floats:
-        array = np.array(ids, np.int32)
+    def states_all(self, ids: Sequence[int], track: DepthTrack | None = None) -> Iterator[Floats]:
+        """Append tokens and give the hidden state of each: float32 [at most PIECE, hidden]."""
+        for start in range(0, len(ids), PIECE):
+            yield self._step(ids[start : start + PIECE], None, track)
+
+    def _step(
+        self, ids: Sequence[int], want: Literal[0, 1, 2] | None, track: DepthTrack | None
+    ) -> Floats:
+        array, wanted = np.array(ids, np.int32), None if want is None else [want]
         try:
-            rows, depth = self._model._step([self.sequence], [len(ids)], array, [want])
+            rows, depth = self._model._step([self.sequence], [len(ids)], array, wanted)
         except ParkedLost:
             self.compute_again()
-            rows, depth = self._model._step([self.sequence], [len(ids)], array, [want])
+            rows, depth = self._model._step([self.sequence], [len(ids)], array, wanted)
         self.tokens.extend(ids)
         if track is not None:
             track.add(depth)

@@ -1,0 +1,136 @@
+"""Whatever sequences, answers and budgets do: no page too many, none lost, no promise broken."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pliant
+from pliant.engine.cache import Cache, CacheFull, Keep
+from pliant.engine.prefixes import page_keys
+from tiny import write_tiny_pack
+
+PAGE = 32
+PAGES = 20
+BEGINNINGS = [array("i", [2 + n] * 4 * PAGE) for n in range(2)]
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("session"), st.integers(1, 200)),
+    st.tuples(st.just("answer"), st.integers(0, 1), st.integers(1, 120), st.integers(-1, 1)),
+    st.tuples(st.just("step"), st.integers(0, 9), st.integers(1, 70)),
+    st.tuples(st.just("reserve"), st.integers(0, 9), st.integers(1, 300)),
+    st.tuples(st.just("release"), st.integers(0, 9)),
+    st.tuples(st.just("give way"), st.integers(0, 9)),
+    st.tuples(st.just("close"), st.integers(0, 9)),
+    st.tuples(st.just("limit"), st.integers(1, PAGES), st.sampled_from(list(Keep))),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pliant.Model]:
+    path = write_tiny_pack(tmp_path_factory.mktemp("cache") / "tiny.pack", least=2)
+    with pliant.load(path, sessions=4, chat=False) as loaded:
+        yield loaded
+
+
+class Player:
+    """Plays actions on a cache, and knows what must hold after each."""
+
+    def __init__(self, model: pliant.Model, cache: Cache) -> None:
+        self.model = model
+        self.cache = cache
+        self.sessions: list[int] = []
+        self.answers: dict[int, array[int]] = {}  # and their ids
+
+    def play(self, action: tuple[Any, ...]) -> None:
+        name, *values = action
+        every = [*self.sessions, *self.answers]
+        if name == "session":
+            self.sessions.append(self.cache.open())
+            self.cache.reserve(self.sessions[-1], values[0])
+        elif name == "answer":
+            beginning, more, priority = values
+            ids = BEGINNINGS[beginning] + array("i", [9] * more)
+            sequence = self.cache.open()
+            keys = page_keys(ids, PAGE, 0)[: (len(ids) - 1) // PAGE]
+            rank = (priority, sequence)
+            found = self.cache.admit(sequence, len(ids), keys, claim=len(ids) + 40, rank=rank)
+            if found is None:
+                self.cache.close(sequence)
+            else:
+                self.answers[sequence] = ids
+        elif name == "limit":
+            context, least = self.cache.needs(values[1])
+            self.cache.limit(max(context, 1), max(values[0], least))
+        elif every:
+            self.one(name, every[values[0] % len(every)], values[1:])
+
+    def one(self, name: str, sequence: int, values: list[Any]) -> None:
+        ids = self.answers.get(sequence)
+        if name == "step" and (ids is None or self.cache.holds(sequence)):
+            self.step(sequence, ids, values[0])
+        elif name == "reserve" and (ids is None or self.cache.holds(sequence)):
+            self.cache.reserve(sequence, values[0])
+        elif name == "release" and ids is None:
+            self.cache.release(sequence)
+        elif name == "give way" and ids is not None:
+            self.cache.give_way(sequence)
+        elif name == "close":
+            self.cache.close(sequence)
+            if self.answers.pop(sequence, None) is None:
+                self.sessions.remove(sequence)
+
+    def step(self, sequence: int, ids: array[int] | None, count: int) -> None:
+        at = self.cache._entries[sequence].length
+        if ids is not None:
+            count = min(count, len(ids) - at)
+        count = min(count, self.cache.context - at)
+        if count < 1:
+            return
+        within = at + count <= self.cache.promised(sequence)
+        tokens = np.array(ids[at : at + count] if ids else [5] * count, np.int32)
+        try:
+            self.cache.prepare([sequence], [count])
+        except CacheFull:
+            assert not within, "a promise was broken"
+            return
+        self.model._executor.step([sequence], [count], tokens, [0])
+        self.cache.stepped([sequence], [count])
+        if ids is not None:
+            self.cache.share(sequence, page_keys(ids[: at + count], PAGE, 0))
+
+    def check(self) -> None:
+        used = self.model._executor.kv_pages_used
+        assert used <= self.cache._taken() <= self.cache.pages
+        for sequence, entry in self.cache._entries.items():
+            length = self.model._executor.length(sequence)
+            assert length == (0 if entry.parked is not None else entry.length)
+        least = self.cache.needs(Keep.LEAST)
+        answers = self.cache.needs(Keep.ANSWERS)
+        assert least <= answers <= self.cache.needs(Keep.SESSIONS)
+
+
+@given(st.lists(ACTIONS, max_size=40))
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_page_too_many_and_none_lost(
+    model: pliant.Model, actions: list[tuple[Any, ...]]
+) -> None:
+    with model._turn():
+        cache = Cache(model._executor, model._sizes, 512, PAGES)
+        player = Player(model, cache)
+        for action in actions:
+            player.play(action)
+            player.check()
+        for sequence in [*player.sessions, *player.answers]:
+            cache.close(sequence)
+        assert model._executor.kv_pages_used == cache.prefixes.idle == len(cache.prefixes)
+        cache.forget()
+        assert model._executor.kv_pages_used == 0
