@@ -113,6 +113,7 @@ def test_the_expected_divergence_is_near_the_measured_one(
         assert abs(math.log(measured / expected)) < math.log(2.5), size  # the text is short
 
 
+@pytest.mark.torch_beside
 def test_plain_matrices_give_the_text_of_transformers(
     source: Any, network: Any, tmp_path: Path
 ) -> None:
