@@ -95,6 +95,32 @@ def test_keys_come_from_a_file_or_the_environment(pack: Path, tmp_path: Path) ->
         refused.value.close()
 
 
+def test_pliant_budget_moves_a_server_by_address_and_by_socket(
+    pack: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("PLIANT_API_KEY", "secret")
+
+    def budget(*options: str) -> Any:
+        assert main(["budget", *options, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    with serving(pack, "--memory", "200MiB") as (url, process):
+        assert budget("--url", url)["memory"] == 200 * 2**20
+        assert budget("180MiB", "--url", url)["memory"] == 180 * 2**20
+        assert budget()["pid"] == process.pid
+        assert budget("190MiB")["memory"] == 190 * 2**20
+        assert main(["budget", "1MiB", "--url", url]) == 1
+        assert "too little" in capsys.readouterr().err
+        state = budget("auto", "--keep-free", "1MiB", "--url", url)
+        assert state["mode"] == "auto"
+        assert state["governor"]["keep_free"] == 2**20
+        assert budget("none", "--url", url)["mode"] == "none"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
