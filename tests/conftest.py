@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
@@ -66,3 +68,22 @@ def audited(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             audit(model, alone)
     if failures:
         raise failures[0]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Runs a test with the marker `own_process` in a pytest of its own."""
+    own = "PLIANT_OWN_PROCESS"
+    if pyfuncitem.get_closest_marker("own_process") is None or own in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    done = subprocess.run(
+        command,
+        env={**os.environ, own: "1"},
+        cwd=pyfuncitem.config.rootpath,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True

@@ -437,6 +437,7 @@ TAKER = """if True:
 """
 
 
+@pytest.mark.own_process
 def test_real_pressure_from_a_second_process(pack: Path, tmp_path: Path) -> None:
     """Two processes and a machine of 100 MiB more than they have at first.
 

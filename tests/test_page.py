@@ -11,7 +11,7 @@ import pytest
 
 import pliant
 from serving import Server, running_server, wait_until
-from tiny import write_tiny_pack
+from tiny import roomy, write_tiny_pack
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this mac
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     path = write_tiny_pack(tmp_path_factory.mktemp("page") / "tiny.pack", least=2, layers=30)
     with (
-        pliant.load(path, memory="400MiB", sessions=4, answers=16) as model,
+        pliant.load(path, memory=f"{roomy(320)}MiB", sessions=4, answers=16) as model,
         running_server(model) as running,
     ):
         yield running
@@ -84,13 +84,14 @@ def test_the_budget_is_moved_by_hand_by_keys_and_by_text(page: Any, server: Serv
     least, most = model.least_plan().total, model.plan_for().total
     line = page.locator("#line")
     assert line.get_attribute("role") == "slider"
-    page.locator("#size").fill("380MiB")
+    size = min(roomy(290), 1023)  # so that it is shown in MiB
+    page.locator("#size").fill(f"{size}MiB")
     page.locator("#size").press("Enter")
-    wait_until(lambda: model.budget == 380 * 2**20)
-    sync_api.expect(page.locator("#line-text")).to_have_text("380 MiB")
+    wait_until(lambda: model.budget == size * 2**20)
+    sync_api.expect(page.locator("#line-text")).to_have_text(f"{size} MiB")
     middle = (least + most) // 2
     box, held = page.locator("#chart").bounding_box(), line.bounding_box()
-    top = 1.06 * 380 * 2**20
+    top = 1.06 * size * 2**20
     page.mouse.move(held["x"] + 50, held["y"] + held["height"] / 2)
     page.mouse.down()
     page.mouse.move(held["x"] + 50, box["y"] + box["height"] * (1 - middle / top), steps=5)
@@ -106,9 +107,9 @@ def test_the_budget_is_moved_by_hand_by_keys_and_by_text(page: Any, server: Serv
     page.locator("#no-limit").click()
     wait_until(lambda: model.budget is None)
     sync_api.expect(page.locator("#line-text")).to_have_text("no limit")
-    page.locator("#size").fill("400MiB")
+    page.locator("#size").fill(f"{size + 20}MiB")
     page.locator("#size").press("Enter")
-    wait_until(lambda: model.budget == 400 * 2**20)
+    wait_until(lambda: model.budget == (size + 20) * 2**20)
 
 
 def test_the_memory_is_a_picture_and_a_table(page: Any, server: Server) -> None:

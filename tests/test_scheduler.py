@@ -24,7 +24,7 @@ from pliant.engine.scheduler import Scheduler
 from pliant.engine.waiting import Waiting
 from pliant.errors import BudgetError, BusyError, DeadlineError, EngineError, UsageError
 from pliant.sizes import parse_size
-from tiny import write_tiny_pack
+from tiny import roomy, write_tiny_pack
 
 PAGE = 32
 WAIT = 60.0
@@ -383,7 +383,8 @@ def test_a_keyed_turn_is_fair_after_an_idle_time() -> None:
 
 
 def test_a_budget_moves_while_answers_are_made(pack: Path) -> None:
-    with pliant.load(pack, memory="400MiB", sessions=4, answers=16, chat=False) as model:
+    much = f"{roomy(300)}MiB"
+    with pliant.load(pack, memory=much, sessions=4, answers=16, chat=False) as model:
         desk = Desk()
         scheduler = Scheduler(model, desk.deliver)
         scheduler.start()
@@ -391,7 +392,7 @@ def test_a_budget_moves_while_answers_are_made(pack: Path) -> None:
         with pytest.raises(BudgetError):
             model.resize(memory="1MiB")
         least = model.plan.total - model.plan.kv - model.plan.arena
-        for size in (least + 1_000_000, "400MiB", least + 800_000, None):
+        for size in (least + 1_000_000, much, least + 800_000, None):
             assert model.move(memory=size).wait(WAIT)
             assert model.budget == (None if size is None else parse_size(size))
         desk.wait(*answers)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import pliant
 from pliant.server.tools import CallReader, Style, call_grammar, style_of, told
 from serving import Reply, Server, running_server, wait_until
-from tiny import TEMPLATE, write_tiny_pack
+from tiny import TEMPLATE, roomy, write_tiny_pack
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 HERMES = TEMPLATE.replace(
@@ -62,7 +62,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(pack: Path) -> Iterator[pliant.Model]:
-    with pliant.load(pack, memory="400MiB", sessions=8, answers=16) as loaded:
+    with pliant.load(pack, memory=f"{roomy(300)}MiB", sessions=8, answers=16) as loaded:
         yield loaded
 
 
@@ -750,7 +750,9 @@ def test_the_budget_is_seen_and_moved(server: Server, model: pliant.Model) -> No
     for wrong in ({"memory": "much"}, {"memory": -5}, {"memory": True}, {}, {"memory": 1, "x": 2}):
         assert server.send("PUT", "/v1/budget", wrong).status == 400
     assert model.budget == before["least"] + 5_000_000
-    assert server.send("PUT", "/v1/budget", {"memory": "400MiB"}).json["memory"] == 400 * 2**20
+    size = roomy(300)
+    moved = server.send("PUT", "/v1/budget", {"memory": f"{size}MiB"})
+    assert moved.json["memory"] == size * 2**20
 
 
 def test_health_state_and_metrics(server: Server) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from packs import write_random_pack
+from pliant.memory.budget import measure
 from pliant.pack.tokenizer import build_tokenizer
+from pliant.sizes import MIB
 
 __all__ = ["TEMPLATE", "VOCAB", "write_tiny_pack"]
 
@@ -79,3 +81,8 @@ def write_tiny_pack(path: Path, *, template: str | None = TEMPLATE, **options: A
     options.setdefault("tokens", {"bos": 256, "eos": [257, 259], "add_bos": False})
     options.setdefault("vocab", VOCAB)
     return write_random_pack(path, extra_files=files, **options)
+
+
+def roomy(more: int) -> int:
+    """A budget in MiB: `more` than this process has now. Other tests may have left much in it."""
+    return measure().now // MIB + more
