@@ -14,19 +14,21 @@ import pytest
 
 from fakes import FakeExecutor
 from pliant.engine.model import Model
+from pliant.sizes import MIB
 
 
 def audit(model: Model, alone: bool = True) -> None:
     """free + held = total, and for a real model what is held is what the kernel counts.
 
-    PyTorch, once another test has loaded it, gives memory back when it likes: then the resident set
-    may be smaller. Where a test uses it itself beside the model, the kernel's count says nothing.
+    PyTorch, once another test has loaded it, takes and gives memory back when it likes, so the
+    kernel's count is compared roughly then, and strictly in tests that run in their own process.
+    Where a test uses it itself beside the model, the count says nothing.
     """
     ledger = model.ledger
     assert ledger.free + ledger.held == ledger.total
     if alone and not isinstance(model._executor, FakeExecutor):
         found = model.audit()
-        good = found.ok or (found.difference < 0 and "torch" in sys.modules)
+        good = found.ok or ("torch" in sys.modules and found.difference < 64 * MIB)
         assert good, f"{found.difference} bytes of {found.resident} belong to nobody: {found}"
 
 

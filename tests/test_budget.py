@@ -489,3 +489,17 @@ def test_shards_that_are_replaced_or_gone_are_named(pack: Path, tmp_path: Path) 
         assert model.depth == depth
         assert np.array_equal(model.logits([1, 2, 3]), before)
         assert model.plan.rungs == depth.rungs
+
+
+def test_closing_gives_the_rungs_back_at_once(tmp_path: Path) -> None:
+    """Also after changes, and before the garbage of Python is collected."""
+    model = pliant.load(write_tiny_pack(tmp_path / "pack", least=2))
+    executor, most = model._executor, model.depth.weights
+    model.resize(weights=most // 2)
+    model.resize(weights=most)
+    gc.disable()
+    try:
+        model.close()
+        assert executor.memory()["weights"] == 0
+    finally:
+        gc.enable()

@@ -28,6 +28,7 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str
     return code, out, err
 
 
+@pytest.mark.torch_beside
 def test_a_plain_pack_is_its_source(
     source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

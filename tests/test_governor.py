@@ -502,6 +502,7 @@ def press(pack: Path, tmp_path: Path, taker: subprocess.Popen[str]) -> None:
         assert model.governor is None
 
 
+@pytest.mark.own_process
 def test_auto_is_a_budget_like_others(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pliant.load(pack, memory="auto", keep_free="1MiB", chat=False) as model:
         assert model.governor is not None

@@ -173,6 +173,7 @@ def test_plan_names_the_smallest_size_and_it_works() -> None:
     assert "smallest" in json.dumps(sizes)
 
 
+@pytest.mark.own_process
 def test_the_budget_moves_while_it_generates(windows: list[list[int]]) -> None:
     with pliant.load(PACK, weights="100MB") as model:
         pieces = []

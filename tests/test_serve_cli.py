@@ -47,8 +47,11 @@ def serving(pack: Path, *options: str, **environment: str) -> Iterator[tuple[str
     timer.start()
     try:
         assert process.stdout is not None
-        text = "".join(iter(process.stdout.readline, "}\n")) + "}"
-        yield json.loads(text)["url"], process
+        lines: list[str] = []
+        while not lines or lines[-1] not in ("}\n", ""):
+            lines.append(process.stdout.readline())
+        assert lines[-1], f"it ended, and said: {process.stderr.read() if process.stderr else ''}"
+        yield json.loads("".join(lines))["url"], process
     finally:
         process.kill()
         process.communicate()

@@ -52,6 +52,7 @@ class Change:
             self._error = error
             raise
         finally:
+            self._grow = None  # it knows the model, which may go before this
             self._done.set()
 
     def start(self) -> Change:

@@ -86,10 +86,11 @@ class Weights:
         return False
 
     def close(self) -> None:
-        """End a read in progress, and wait until it has ended."""
+        """End a read in progress, wait until it has ended, and give all rungs back."""
         self._newest += 1
         self._executor.overtake(self._newest)
         with self._changing:
+            self._executor.publish(0)
             self._files.close()
 
     def _publish(self, rungs: int) -> None:
