@@ -168,8 +168,9 @@ def say(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """One object on standard output; numbers that are none become null."""
-    print(json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False))
+    """One object on standard output, at once; numbers that are none become null."""
+    text = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    print(text, flush=True)
 
 
 def _plain(value: Any) -> Any:
