@@ -96,7 +96,7 @@ std::vector<Piece> pieces_from(const std::vector<int>& sequences, const std::vec
     std::vector<Piece> pieces;
     size_t total = 0;
     for (size_t i = 0; i < counts.size(); ++i) {
-        if (counts[i] < 1 || want[i] < 0 || want[i] > 3)
+        if (counts[i] < 1 || want[i] < 0 || want[i] > 2)
             throw UsageError("step: a count must be positive and a want 0, 1 or 2");
         pieces.push_back({sequences[i], counts[i], static_cast<Want>(want[i])});
         total += static_cast<size_t>(counts[i]);
@@ -116,9 +116,6 @@ nb::object step_logits(Executor& self, const std::vector<int>& sequences,
                        const std::vector<int>& counts, const Array1<int32_t>& tokens,
                        const std::vector<int>& want) {
     const std::vector<Piece> pieces = pieces_from(sequences, counts, want, tokens);
-    for (const Piece& piece : pieces)
-        if (piece.want == Want::kStates)
-            throw UsageError("step: a count must be positive and a want 0, 1 or 2");
     const size_t rows = Executor::logit_rows(pieces);
     std::unique_ptr<float[]> logits = room(rows, self.model().vocab);
     {
@@ -130,8 +127,9 @@ nb::object step_logits(Executor& self, const std::vector<int>& sequences,
 
 nb::object step_states(Executor& self, const std::vector<int>& sequences,
                        const std::vector<int>& counts, const Array1<int32_t>& tokens) {
-    const std::vector<Piece> pieces =
-        pieces_from(sequences, counts, std::vector<int>(counts.size(), 3), tokens);
+    std::vector<Piece> pieces =
+        pieces_from(sequences, counts, std::vector<int>(counts.size(), 0), tokens);
+    for (Piece& piece : pieces) piece.want = Want::kStates;
     const size_t rows = tokens.shape(0);
     std::unique_ptr<float[]> states = room(rows, self.model().hidden);
     {

@@ -207,18 +207,6 @@ void Executor::finish() {
             layer.ffn_post_norm.empty() != first.ffn_post_norm.empty())
             throw FormatError("norms after a block must be in all layers or in none");
     }
-    std::vector<int> blocks = {m.vocab};
-    if (head().coded >= 0) {
-        blocks.clear();
-        for (const CodedBlock& block : weights.matrix(head().coded).blocks)
-            blocks.push_back(block.rows);
-    }
-    constexpr int kPieceTiles = kHeadRows / kSupertile;
-    for (int block = 0; block < static_cast<int>(blocks.size()); ++block) {
-        const int tiles = (blocks[static_cast<size_t>(block)] + kSupertile - 1) / kSupertile;
-        for (int first = 0; first < tiles; first += kPieceTiles)
-            head_pieces_.push_back({block, first, std::min(first + kPieceTiles, tiles)});
-    }
     phases_ = std::vector<Phase>(static_cast<size_t>(m.layers) * kLayerPhases + kOtherPhases);
     buffers_ = std::make_unique<Buffers>(model_, pool_.size(), chunk_);
 }

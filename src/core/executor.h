@@ -39,11 +39,6 @@ struct Piece {
     Want want;
 };
 
-// Supertiles [first, last) of a row block of the head; a plain head counts as one block.
-struct HeadPiece {
-    int block, first, last;
-};
-
 class Executor {
   public:
     // `chunk`: most tokens that are computed at once; it bounds the activations. Throws ModelError,
@@ -92,7 +87,6 @@ class Executor {
     Linear embed_, head_;
     std::vector<Layer> layers_;
     std::vector<float> final_norm_;
-    std::vector<HeadPiece> head_pieces_;
     std::vector<Phase> phases_;  // of a chunk
     std::unique_ptr<Buffers> buffers_;
 };

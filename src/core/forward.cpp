@@ -231,15 +231,17 @@ void Forward::results(Worker& w) {
                       states_ + static_cast<size_t>(at(chunk_, t).state) *
                                     static_cast<size_t>(m_.hidden));
         });
-    if (!wanted_.empty())
-        block(
-            w, static_cast<int>(wanted_.size()),
-            [&](int i, bool keep) {
-                last_norm(at(wanted_, i), keep, w.in.row(i));
-                code(w, i, w.in.row(i), {&e_.head()});
-            },
-            static_cast<int>(e_.head_pieces_.size()),
-            [&](int i) { head_rows(w, at(e_.head_pieces_, i)); });
+    if (wanted_.empty()) return;
+    constexpr int kTiles = kHeadRows / kSupertile;
+    const int all = supertiles(e_.head());
+    block(
+        w, static_cast<int>(wanted_.size()),
+        [&](int i, bool keep) {
+            last_norm(at(wanted_, i), keep, w.in.row(i));
+            code(w, i, w.in.row(i), {&e_.head()});
+        },
+        (all + kTiles - 1) / kTiles,
+        [&](int i) { head_rows(w, i * kTiles, std::min((i + 1) * kTiles, all)); });
 }
 
 // The residual of a token with what the last block has put out, through its norm if it has one;
@@ -276,9 +278,10 @@ void Forward::code(const Worker& w, int row, const float* x,
     if (plain && x != w.in.row(row)) std::copy_n(x, users.begin()[0]->columns, w.in.row(row));
 }
 
-// Supertiles [first, last) of a matrix, if any, for all tokens.
-void Forward::multiply(const Worker& w, const Linear& linear, int first, int last,
-                       const OutputBuffer& out) {
+// Supertiles [first, last) of a matrix, if any, for the first `count` inputs: to
+// out[count][stride], which begins with the first of these rows.
+void Forward::multiply(const Worker& w, const Linear& linear, int count, int first, int last,
+                       float* out, size_t stride) {
     if (first >= last) return;
     const int begin = first * kSupertile, end = std::min(last * kSupertile, linear.rows);
     if (linear.coded >= 0) {
@@ -288,20 +291,27 @@ void Forward::multiply(const Worker& w, const Linear& linear, int first, int las
             const int from = std::max(first - block.first / kSupertile, 0);
             const int to = std::min(last - block.first / kSupertile, block.padded / kSupertile);
             if (from < to)
-                kernels_.coded_product({&block, &e_.weights.levels, &prepared, tokens_, from, to,
-                                        out.data.data() + block.first + from * kSupertile,
-                                        out.stride, at(b_.scratch, w.self).data()});
+                kernels_.coded_product({&block, &e_.weights.levels, &prepared, count, from, to,
+                                        out + (block.first + from * kSupertile - begin), stride,
+                                        at(b_.scratch, w.self).data()});
         }
     } else {
         const bool bf16 = !linear.bf16.empty();
         kernels_.plain_product({bf16 ? static_cast<const void*>(linear.bf16.data())
                                      : static_cast<const void*>(linear.f32.data()),
-                                bf16, linear.columns, w.in.x.data(), w.in.stride, tokens_, begin,
-                                end, out.data.data() + begin, out.stride});
+                                bf16, linear.columns, w.in.x.data(), w.in.stride, count, begin, end,
+                                out, stride});
     }
     if (!linear.bias.empty())
-        for (int t = 0; t < tokens_; ++t)
-            for (int r = begin; r < end; ++r) out.row(t)[r] += at(linear.bias, r);
+        for (int t = 0; t < count; ++t)
+            for (int r = begin; r < end; ++r)
+                out[static_cast<size_t>(t) * stride + static_cast<size_t>(r - begin)] +=
+                    at(linear.bias, r);
+}
+
+void Forward::multiply(const Worker& w, const Linear& linear, int first, int last,
+                       const OutputBuffer& out) {
+    multiply(w, linear, tokens_, first, last, out.row(0) + first * kSupertile, out.stride);
 }
 
 // Supertiles of a task: a few tasks for each thread, so that one that is late is not waited for.
@@ -404,37 +414,23 @@ void Forward::mean_of_parts(float* out) const {
     }
 }
 
-// Some rows of the head are computed into a small buffer and then scattered to their places.
-void Forward::head_rows(const Worker& w, const HeadPiece& piece) {
+// Supertiles of the head are computed into a small buffer and then scattered to their places.
+void Forward::head_rows(const Worker& w, int first, int last) {
     const Linear& head = e_.head();
     const int rows = static_cast<int>(wanted_.size());
+    const int begin = first * kSupertile, count = std::min(last * kSupertile, m_.vocab) - begin;
     float* buffer = at(b_.head, w.self).data();
+    multiply(w, head, rows, first, last, buffer, kHeadRows);
     const uint32_t* order = nullptr;
-    int first = piece.first * kSupertile, count = 0;
-    if (head.coded >= 0) {
-        const CodedMatrix& matrix = e_.weights.matrix(head.coded);
-        const CodedBlock& block = at(matrix.blocks, piece.block);
-        const Prepared prepared = w.in.prepared(matrix.groups);
-        kernels_.coded_product({&block, &e_.weights.levels, &prepared, rows, piece.first,
-                                piece.last, buffer, kHeadRows, at(b_.scratch, w.self).data()});
-        count = std::min(piece.last * kSupertile, block.rows) - first;
-        first += block.first;
-        if (!matrix.row_order.empty()) order = matrix.row_order.data() + first;
-    } else {
-        const bool bf16 = !head.bf16.empty();
-        count = std::min(piece.last * kSupertile, m_.vocab) - first;
-        kernels_.plain_product({bf16 ? static_cast<const void*>(head.bf16.data())
-                                     : static_cast<const void*>(head.f32.data()),
-                                bf16, head.columns, w.in.x.data(), w.in.stride, rows, first,
-                                first + count, buffer, kHeadRows});
-    }
+    if (head.coded >= 0 && !e_.weights.matrix(head.coded).row_order.empty())
+        order = e_.weights.matrix(head.coded).row_order.data() + begin;
     for (int i = 0; i < rows; ++i) {
         float* from = buffer + static_cast<size_t>(i) * kHeadRows;
         float* to = logits_ + static_cast<size_t>(at(chunk_, at(wanted_, i)).logits) *
                                   static_cast<size_t>(m_.vocab);
         if (m_.logit_softcap > 0.0f) kernels_.softcap(from, count, m_.logit_softcap);
         if (order == nullptr)
-            std::copy_n(from, count, to + first);
+            std::copy_n(from, count, to + begin);
         else
             for (int r = 0; r < count; ++r) to[order[r]] = from[r];
     }

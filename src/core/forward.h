@@ -56,6 +56,8 @@ class Forward {
 
     const float* advance(const Worker& w, int t, const Norm* after, bool keep);
     void code(const Worker& w, int row, const float* x, std::initializer_list<const Linear*> users);
+    void multiply(const Worker& w, const Linear& linear, int count, int first, int last, float* out,
+                  size_t stride);
     void multiply(const Worker& w, const Linear& linear, int first, int last,
                   const OutputBuffer& out);
     int grain(int supertiles) const;
@@ -63,7 +65,7 @@ class Forward {
     void load_query(int l, int t, int head, float* to) const;
     void attend(Worker& w, int l, const AttentionTask& task);
     void mean_of_parts(float* out) const;
-    void head_rows(const Worker& w, const HeadPiece& piece);
+    void head_rows(const Worker& w, int first, int last);
 
     Executor& e_;
     const ModelSpec& m_;

@@ -15,11 +15,12 @@ namespace pliant {
 
 namespace {
 
-Kernels make_plain() {
+Kernels make(const char* name, void (*fill_ops)(Kernels&),
+             void (*coded_product)(const CodedProduct&)) {
     Kernels kernels{};
-    plain::fill_ops(kernels);
-    kernels.name = "plain";
-    kernels.coded_product = plain::coded_product;
+    fill_ops(kernels);
+    kernels.name = name;
+    kernels.coded_product = coded_product;
     kernels.coded_row = plain::coded_row;
     return kernels;
 }
@@ -50,19 +51,13 @@ bool has_amx() {
 }  // namespace
 
 const Kernels& plain_kernels() {
-    static const Kernels kernels = make_plain();
+    static const Kernels kernels = make("plain", plain::fill_ops, plain::coded_product);
     return kernels;
 }
 
 const Kernels* avx2_kernels() {
 #if defined(__x86_64__)
-    static const Kernels kernels = [] {
-        Kernels k = make_plain();
-        avx2::fill_ops(k);
-        k.name = "avx2";
-        k.coded_product = avx2::coded_product;
-        return k;
-    }();
+    static const Kernels kernels = make("avx2", avx2::fill_ops, avx2::coded_product);
     return has_avx2() ? &kernels : nullptr;
 #else
     return nullptr;
@@ -71,13 +66,7 @@ const Kernels* avx2_kernels() {
 
 const Kernels* avx512_kernels() {
 #if defined(__x86_64__)
-    static const Kernels kernels = [] {
-        Kernels k = make_plain();
-        avx512::fill_ops(k);
-        k.name = "avx512";
-        k.coded_product = avx512::coded_product;
-        return k;
-    }();
+    static const Kernels kernels = make("avx512", avx512::fill_ops, avx512::coded_product);
     return has_avx512() ? &kernels : nullptr;
 #else
     return nullptr;
@@ -87,13 +76,7 @@ const Kernels* avx512_kernels() {
 const Kernels* amx_kernels() {
 #if defined(PLIANT_AMX)
     static const bool usable = has_amx();
-    static const Kernels kernels = [] {
-        Kernels k = make_plain();
-        avx512::fill_ops(k);
-        k.name = "amx";
-        k.coded_product = amx::coded_product;
-        return k;
-    }();
+    static const Kernels kernels = make("amx", avx512::fill_ops, amx::coded_product);
     return usable ? &kernels : nullptr;
 #else
     return nullptr;
