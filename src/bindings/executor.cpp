@@ -197,6 +197,22 @@ void init_executor(nb::module_& module) {
                  self.weights.set_ladder({units.data(), units.data() + units.shape(0)}, plies,
                                          bytes);
              })
+        .def("set_kv_ladder",
+             [](Executor& self, const Array1<uint32_t>& units, const std::vector<uint32_t>& plies,
+                const Array1<float>& thresholds) {
+                 if (thresholds.shape(0) != 255) throw FormatError("a tree has 255 thresholds");
+                 self.kv.ladder.set({units.data(), units.data() + units.shape(0)}, plies,
+                                    thresholds.data());
+             })
+        .def("set_kv_turn",
+             [](Executor& self, int layer, int head, bool value, const Array1<float>& mean,
+                const Array1<float>& scale, const Array1<uint16_t>& order) {
+                 const size_t count = static_cast<size_t>(self.model().head_dim);
+                 if (mean.shape(0) != count || scale.shape(0) != count || order.shape(0) != count)
+                     throw FormatError("a turn of keys or values is not of the head's channels");
+                 self.kv.ladder.set_turn(layer, head, value, mean.data(), scale.data(),
+                                         order.data());
+             })
         .def("finish", &Executor::finish)
         .def_prop_ro("rungs", [](const Executor& self) { return self.weights.rungs(); })
         .def_prop_ro("read_rungs_count",
@@ -242,6 +258,31 @@ void init_executor(nb::module_& module) {
         .def_prop_ro(
             "kv_pages_used",
             [](const Executor& self) { return self.kv.pages_total() - self.kv.pages_free(); })
+        .def_prop_ro("kv_used_bytes", [](const Executor& self) { return self.kv.used_bytes(); })
+        .def_prop_ro("kv_rung_bytes",
+                     [](const Executor& self) {
+                         std::vector<uint64_t> bytes;
+                         for (int i = 0; i <= self.kv.ladder.rungs(); ++i)
+                             bytes.push_back(self.kv.ladder.bytes(i));
+                         return bytes;
+                     })
+        .def_prop_ro("kv_level", [](const Executor& self) { return self.kv.level(); })
+        .def(
+            "set_kv_level", [](Executor& self, int rungs) { self.kv.set_level(rungs); },
+            nb::arg("rungs"))
+        .def(
+            "page_rungs",
+            [](const Executor& self, const std::vector<int>& pages) {
+                std::vector<int> rungs;
+                for (int page : pages)
+                    rungs.push_back(self.kv.coded(page) ? self.kv.rungs(page) : 0);
+                return rungs;
+            },
+            nb::arg("pages"))
+        .def(
+            "shallow",
+            [](Executor& self, int page, int rungs) { return self.kv.shallow(page, rungs); },
+            nb::arg("page"), nb::arg("rungs"))
         .def(
             "reserve_kv", [](Executor& self, int pages) { self.kv.reserve(pages); },
             nb::arg("pages"))
@@ -252,7 +293,8 @@ void init_executor(nb::module_& module) {
             "length", [](const Executor& self, int seq) { return self.kv.length(seq); },
             nb::arg("seq"))
         .def(
-            "truncate", [](Executor& self, int seq, int length) { self.kv.truncate(seq, length); },
+            "truncate",
+            [](Executor& self, int seq, int length) { return self.kv.truncate(seq, length); },
             nb::arg("seq"), nb::arg("length"))
         .def(
             "pages", [](const Executor& self, int seq) { return self.kv.pages(seq); },
@@ -273,33 +315,34 @@ void init_executor(nb::module_& module) {
             nb::arg("pages"))
         .def("trim_kv", [](Executor& self) { return self.kv.trim(); })
         .def(
+            "page_form",
+            [](const Executor& self, int sequence, int page) {
+                const KvCache::Stored stored = self.kv.page(sequence, page);
+                return std::make_tuple(stored.rungs, stored.bytes);
+            },
+            nb::arg("seq"), nb::arg("page"))
+        .def(
             "take_page",
             [](const Executor& self, int sequence, int page,
                nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& into) {
-                const uint8_t* from = self.kv.page(sequence, page);
-                if (into.shape(0) != self.kv.page_bytes())
-                    throw UsageError("a KV page has " + std::to_string(self.kv.page_bytes()) +
-                                     " bytes");
-                std::copy_n(from, self.kv.page_bytes(), into.data());
+                const KvCache::Stored from = self.kv.page(sequence, page);
+                if (into.shape(0) != from.bytes)
+                    throw UsageError("this KV page has " + std::to_string(from.bytes) + " bytes");
+                std::copy_n(from.data, from.bytes, into.data());
             },
             nb::arg("seq"), nb::arg("page"), nb::arg("into"))
         .def(
             "put_page",
-            [](Executor& self, int sequence, int tokens, const Array1<uint8_t>& from) {
-                if (tokens < 1 || tokens > kPageTokens ||
-                    self.kv.length(sequence) % kPageTokens != 0)
-                    throw UsageError("a page of " + std::to_string(tokens) +
-                                     " tokens cannot follow " +
-                                     std::to_string(self.kv.length(sequence)));
-                if (from.shape(0) != self.kv.page_bytes())
-                    throw UsageError("a KV page has " + std::to_string(self.kv.page_bytes()) +
-                                     " bytes");
-                if (self.kv.pages_free() < 1) throw EngineError("the KV cache has no free page");
-                const int page = self.kv.length(sequence) / kPageTokens;
-                self.kv.extend(sequence, tokens);
-                std::copy_n(from.data(), from.shape(0), self.kv.page(sequence, page));
+            [](Executor& self, int sequence, int tokens, const Array1<uint8_t>& from, int rungs) {
+                const uint64_t due = rungs > 0 && rungs <= self.kv.ladder.rungs()
+                                         ? self.kv.ladder.bytes(rungs)
+                                         : self.kv.page_bytes();
+                if (from.shape(0) != due)
+                    throw UsageError("this KV page has " + std::to_string(due) + " bytes");
+                const KvCache::Stored to = self.kv.append(sequence, tokens, rungs);
+                std::copy_n(from.data(), to.bytes, to.data);
             },
-            nb::arg("seq"), nb::arg("tokens"), nb::arg("from_"))
+            nb::arg("seq"), nb::arg("tokens"), nb::arg("from_"), nb::arg("rungs") = 0)
         .def("step", &step_logits, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"),
              nb::arg("want"))
         .def("states", &step_states, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"))

@@ -74,14 +74,21 @@ struct OutputBuffer {
     Aligned<float> data;
 };
 
-// What a thread needs to attend for the queries of one task.
+// What a thread needs to attend for the queries of one task. `head`: room for a head, in whole
+// groups.
 struct AttentionRoom {
     explicit AttentionRoom(size_t head)
-        : head_(head), data_(kMaxQueries * 3 * head), scalars_(kMaxQueries * 4) {}
-    size_t bytes() const { return data_.bytes() + scalars_.bytes(); }
+        : coded(kMaxQueries, static_cast<int>(head)),
+          head_(head),
+          data_(kMaxQueries * 4 * head),
+          scalars_(kMaxQueries * 6) {}
+    size_t bytes() const { return coded.bytes() + data_.bytes() + scalars_.bytes(); }
     float* query(int slot) const { return data_.data() + static_cast<size_t>(slot) * head_; }
     Attended sum(int slot) const { return attended(1, slot); }
     Attended more(int slot) const { return attended(2, slot); }
+    Attended newest(int slot) const { return attended(3, slot); }
+
+    InputBuffer coded;  // the queries for coded pages
 
   private:
     Attended attended(int kind, int slot) const {
@@ -103,7 +110,7 @@ struct Executor::Buffers {
           up(chunk, m.ffn),
           out(chunk, m.hidden),
           half_(static_cast<size_t>(m.head_dim / 2)),
-          padded_head_((static_cast<size_t>(m.head_dim) + 15) / 16 * 16),
+          padded_head_((static_cast<size_t>(m.head_dim) + 63) / 64 * 64),
           chunk_(static_cast<size_t>(chunk)),
           most_parts_(static_cast<size_t>(m.context) / (kPartPages * kPageTokens) + 1),
           cosine_(m.ropes.size() * chunk_ * half_),

@@ -24,7 +24,16 @@ int level_number(int depth, int byte) {
     }
 }
 
+const float* make_kv_scales() {
+    static float scales[256];
+    for (int code = 0; code < 256; ++code)
+        scales[code] = std::exp2(static_cast<float>(code - 160) / 8.0f);
+    return scales;
+}
+
 }  // namespace
+
+const float* const kKvScales = make_kv_scales();
 
 void LevelTables::build(const float* levels, const float* scale_steps) {
     for (int i = 0; i < 16; ++i) steps[i] = scale_steps[i];

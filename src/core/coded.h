@@ -31,6 +31,9 @@ struct LevelTables {
     void build(const float* levels, const float* scale_steps);
 };
 
+// A scale of the KV cache is one byte: 2^((code - 160) / 8), from 2^-20 to 2^11.875.
+extern const float* const kKvScales;
+
 // Neighbouring groups of one depth: kernels work on a run at a time.
 struct Run {
     int first, count, depth;

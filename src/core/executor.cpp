@@ -11,7 +11,7 @@ namespace pliant {
 
 namespace {
 
-constexpr size_t kLayerPhases = 10, kOtherPhases = 4;  // of a chunk; see forward.cpp
+constexpr size_t kLayerPhases = 11, kOtherPhases = 4;  // of a chunk; see forward.cpp
 
 void check(const ModelSpec& m) {
     const auto positive = [](int value, const char* name) {
@@ -207,6 +207,7 @@ void Executor::finish() {
             layer.ffn_post_norm.empty() != first.ffn_post_norm.empty())
             throw FormatError("norms after a block must be in all layers or in none");
     }
+    kv.ladder.finish();
     phases_ = std::vector<Phase>(static_cast<size_t>(m.layers) * kLayerPhases + kOtherPhases);
     buffers_ = std::make_unique<Buffers>(model_, pool_.size(), chunk_);
 }
@@ -224,7 +225,7 @@ size_t Executor::logit_rows(const std::vector<Piece>& pieces) {
 uint64_t Executor::activation_bytes() const { return buffers_ ? buffers_->bytes() : 0; }
 
 uint64_t Executor::base_bytes() const {
-    uint64_t bytes = weights.table_bytes() + final_norm_.capacity() * 4;
+    uint64_t bytes = weights.table_bytes() + kv.ladder.table_bytes() + final_norm_.capacity() * 4;
     const auto linear = [](const Linear& l) {
         return l.f32.capacity() * 4 + l.bf16.capacity() * 2 + l.bias.capacity() * 4;
     };

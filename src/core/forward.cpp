@@ -44,6 +44,10 @@ Forward::Forward(Executor& executor, const std::vector<ChunkToken>& chunk, float
 }
 
 void Forward::plan_attention() {
+    const bool coded = e_.kv.ladder.present();
+    for (int t = 0; coded && t < tokens_; ++t)
+        if ((at(chunk_, t).position + 1) % kPageTokens == 0)
+            full_.push_back({at(chunk_, t).sequence, at(chunk_, t).position / kPageTokens});
     singles_ = group_ <= kMaxQueries;
     for (int t = 1; t < tokens_; ++t)
         if (at(chunk_, t).sequence == at(chunk_, t - 1).sequence) singles_ = false;
@@ -61,8 +65,12 @@ void Forward::plan_attention() {
            m_.kv_heads * ((tokens_ * group_ + most - 1) / most) < 2 * threads_)
         most = (most + 1) / 2;
     for (int t = 0; t < tokens_;) {
-        int end = t;  // of the tokens of this sequence
-        while (end < tokens_ && at(chunk_, end).sequence == at(chunk_, t).sequence) ++end;
+        // Tokens of this sequence; with coded pages, of one page, which is exact for them alone.
+        int end = t;
+        const ChunkToken& first = at(chunk_, t);
+        while (end < tokens_ && at(chunk_, end).sequence == first.sequence &&
+               (!coded || at(chunk_, end).position / kPageTokens == first.position / kPageTokens))
+            ++end;
         for (int h = 0; h < m_.kv_heads; ++h)
             for (int q = t * group_; q < end * group_; q += most)
                 tasks_.push_back({h, q, std::min(q + most, end * group_), -1});
@@ -172,6 +180,9 @@ void Forward::attention(Worker& w, int l) {
         phase(w, tokens_, [&](int t) {
             for (int h = 0; h < m_.kv_heads; ++h) append(l, t, h);
         });
+    if (!singles_ && !full_.empty())
+        phase(w, static_cast<int>(full_.size()) * m_.kv_heads,
+              [&](int i) { code_page(l, i % m_.kv_heads, at(full_, i / m_.kv_heads)); });
     phase(w, static_cast<int>(tasks_.size()), [&](int i) { attend(w, l, at(tasks_, i)); });
 
     const int rows = supertiles(layer.o), piece = grain(rows);
@@ -366,8 +377,18 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
     const int last_part = task.part < 0 ? latest / kPartTokens : task.part;
     const int seen = window > 0 ? std::max(0, positions[0] - window + 1) : 0;
     const int first_part = task.part < 0 ? seen / kPartTokens : task.part;
-    if (singles_ && last_part == latest / kPartTokens) append(l, task.first / group_, task.kv_head);
+    const bool newest = singles_ && last_part == latest / kPartTokens;
+    if (newest) append(l, task.first / group_, task.kv_head);
 
+    if (e_.kv.ladder.present()) {
+        const Turn turn = e_.kv.ladder.turn(l, task.kv_head, false);
+        Prepared coded = room.coded.prepared(e_.kv.ladder.groups());
+        float* turned = room.coded.row(0);
+        for (int slot = 0; slot < count; ++slot) {
+            for (int i = 0; i < m_.head_dim; ++i) turned[i] = queries[slot][i] * turn.inverse[i];
+            kernels_.prepare(turned, turn.order, m_.head_dim, false, &coded, slot);
+        }
+    }
     for (int part = first_part; part <= last_part; ++part) {
         Attended drawn[kMaxQueries];
         for (int slot = 0; slot < count; ++slot) {
@@ -376,26 +397,74 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
                           : part == first_part ? room.sum(slot)
                                                : room.more(slot);
         }
-        const int first_page = part * kPartPages;
-        const int end = std::min(latest / kPageTokens + 1, first_page + kPartPages);
-        w.keys.clear();
-        w.values.clear();
-        for (int page = first_page; page < end; ++page) {
-            w.keys.push_back(e_.kv.keys(sequence, page, l, task.kv_head));
-            w.values.push_back(e_.kv.values(sequence, page, l, task.kv_head));
-        }
-        kernels_.attend({m_.head_dim, count, queries, positions, window, first_page,
-                         end - first_page, w.keys.data(), w.values.data(), m_.attn_softcap, drawn});
+        attend_part(w, l, task.kv_head, sequence, part, count, queries, positions, latest, drawn);
         if (part > first_part)
             for (int slot = 0; slot < count; ++slot)
                 kernels_.attend_more(room.more(slot), m_.head_dim, room.sum(slot));
     }
+    if (newest)
+        for (const FullPage& full : full_)
+            if (full.sequence == sequence) code_page(l, task.kv_head, full);
     if (task.part >= 0) return;
     for (int q = task.first; q < task.last; ++q) {
         const int head = task.kv_head * group_ + q % group_;
         kernels_.attend_mean(room.sum(q - task.first), m_.head_dim,
                              b_.input.row(q / group_) + head * m_.head_dim);
     }
+}
+
+// One part of the positions: coded pages, then exact ones, which with a ladder is the newest alone.
+void Forward::attend_part(Worker& w, int l, int kv_head, int sequence, int part, int count,
+                          const float* const* queries, const int* positions, int latest,
+                          const Attended* drawn) {
+    AttentionRoom& room = at(b_.attention, w.self);
+    const KvLadder& ladder = e_.kv.ladder;
+    const int window = at(m_.layer_window, l), newest = latest / kPageTokens;
+    const int begin = part * kPartPages, end = std::min(newest + 1, begin + kPartPages);
+    const int exact = ladder.present() ? std::max(begin, std::min(end, newest)) : begin;
+    if (begin < exact) {
+        const std::vector<int>& pages = e_.kv.pages(sequence);
+        w.slots.clear();
+        w.depths.clear();
+        for (int page = begin; page < exact; ++page) {
+            w.slots.push_back(e_.kv.slot(at(pages, page)));
+            w.depths.push_back(ladder.depths(e_.kv.rungs(at(pages, page))));
+        }
+        const Prepared coded = room.coded.prepared(ladder.groups());
+        kernels_.attend_coded({ladder.groups(), count, &coded, positions, window, begin,
+                               exact - begin, w.slots.data(), w.depths.data(), ladder.places(),
+                               ladder.unit(l, kv_head, false), ladder.unit(l, kv_head, true),
+                               &e_.weights.levels, m_.attn_softcap, drawn});
+        for (int slot = 0; slot < count; ++slot)
+            kernels_.turn_back(ladder.turn(l, kv_head, true), m_.head_dim, ladder.groups(),
+                               drawn[slot]);
+        if (exact == end) return;
+    }
+    w.keys.clear();
+    w.values.clear();
+    for (int page = exact; page < end; ++page) {
+        w.keys.push_back(e_.kv.keys(sequence, page, l, kv_head));
+        w.values.push_back(e_.kv.values(sequence, page, l, kv_head));
+    }
+    Attended newer[kMaxQueries];
+    for (int slot = 0; slot < count; ++slot)
+        newer[slot] = begin < exact ? room.newest(slot) : drawn[slot];
+    kernels_.attend({m_.head_dim, count, queries, positions, window, exact, end - exact,
+                     w.keys.data(), w.values.data(), m_.attn_softcap, newer});
+    if (begin < exact)
+        for (int slot = 0; slot < count; ++slot)
+            kernels_.attend_more(newer[slot], m_.head_dim, drawn[slot]);
+}
+
+void Forward::code_page(int l, int kv_head, const FullPage& full) {
+    const KvLadder& ladder = e_.kv.ladder;
+    const int page = at(e_.kv.pages(full.sequence), full.page);
+    kernels_.code_page(
+        {m_.head_dim, ladder.groups(), e_.kv.keys(full.sequence, full.page, l, kv_head),
+         e_.kv.values(full.sequence, full.page, l, kv_head), ladder.turn(l, kv_head, false),
+         ladder.turn(l, kv_head, true), ladder.thresholds(), e_.kv.slot(page),
+         ladder.depths(e_.kv.rungs(page)), ladder.places(), ladder.unit(l, kv_head, false),
+         ladder.unit(l, kv_head, true)});
 }
 
 // The output of all heads of the only token: [heads · head_dim].

@@ -33,13 +33,20 @@ class Forward {
         InputBuffer& in;   // of matrices: everybody's, or its own
         int residual = 0;  // which of the two is up to date
         size_t phase = 0;  // the next one
-        std::vector<const uint16_t*> keys = {}, values = {};  // pages of one task
+        // Pages of one task.
+        std::vector<const uint16_t*> keys = {}, values = {};
+        std::vector<const uint8_t*> slots = {}, depths = {};
     };
     // Queries of one sequence that share a KV head, and the parts of the pages that they look at. A
     // query is token · group + head in the group.
     struct AttentionTask {
         int kv_head, first, last;
         int part;  // or -1: all
+    };
+
+    // A page that this chunk fills: it is coded, layer by layer.
+    struct FullPage {
+        int sequence, page;
     };
 
     void plan_attention();
@@ -64,6 +71,10 @@ class Forward {
     void append(int l, int t, int kv_head);
     void load_query(int l, int t, int head, float* to) const;
     void attend(Worker& w, int l, const AttentionTask& task);
+    void attend_part(Worker& w, int l, int kv_head, int sequence, int part, int count,
+                     const float* const* queries, const int* positions, int latest,
+                     const Attended* drawn);
+    void code_page(int l, int kv_head, const FullPage& full);
     void mean_of_parts(float* out) const;
     void head_rows(const Worker& w, int first, int last);
 
@@ -78,6 +89,7 @@ class Forward {
     bool singles_;  // every sequence has one token: who attends appends its keys and values
     std::vector<int> wanted_, stated_;  // tokens whose logits, or states, are asked for
     std::vector<AttentionTask> tasks_;
+    std::vector<FullPage> full_;  // empty without a ladder
 };
 
 }  // namespace pliant

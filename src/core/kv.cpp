@@ -14,7 +14,8 @@ int pages_of(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
 }  // namespace
 
 KvCache::KvCache(const ModelSpec& model)
-    : layers_(model.layers),
+    : ladder(model),
+      layers_(model.layers),
       kv_heads_(model.kv_heads),
       head_dim_(model.head_dim),
       value_stride_((model.head_dim + 15) / 16 * 16) {
@@ -29,11 +30,27 @@ void KvCache::reserve(int pages) {
     if (pages < 0) throw UsageError("a negative number of KV pages");
     if (pages_free() != pages_) throw EngineError("the KV pool cannot be resized while in use");
     arena_ = Arena(page_bytes_ * static_cast<uint64_t>(pages));
+    slots_ = ladder.present() ? Arena(ladder.bytes(ladder.rungs()) * static_cast<uint64_t>(pages))
+                              : Arena();
     pages_ = pages;
-    touched_.assign(static_cast<size_t>(pages), false);
-    users_.assign(static_cast<size_t>(pages), 0);
-    free_.resize(static_cast<size_t>(pages));
+    const size_t count = static_cast<size_t>(pages);
+    touched_.assign(count, false);
+    touched_rungs_.assign(count, -1);
+    users_.assign(count, 0);
+    exact_.assign(count, -1);
+    rungs_.assign(count, 0);
+    free_.resize(count);
     for (int i = 0; i < pages; ++i) free_[static_cast<size_t>(i)] = pages - 1 - i;  // lowest on top
+    halves_ = free_;
+    if (level_ == 0 && ladder.present()) level_ = ladder.rungs();
+}
+
+void KvCache::set_level(int rungs) {
+    if (!ladder.present()) throw UsageError("this model keeps its KV cache exact");
+    if (rungs < 1 || rungs > ladder.rungs())
+        throw UsageError("a KV page has 1 to " + std::to_string(ladder.rungs()) +
+                         " rungs, and not " + std::to_string(rungs));
+    level_ = rungs;
 }
 
 int KvCache::open() {
@@ -58,14 +75,57 @@ const KvCache::Sequence& KvCache::get(int sequence) const {
 
 int KvCache::take() {
     const int page = free_.back();
+    const size_t at = static_cast<size_t>(page);
     free_.pop_back();
-    users_[static_cast<size_t>(page)] = 1;
-    touched_[static_cast<size_t>(page)] = true;
+    users_[at] = 1;
+    rungs_[at] = 0;
+    exact_[at] = halves_.back();
+    halves_.pop_back();
+    touched_[static_cast<size_t>(exact_[at])] = true;
     return page;
 }
 
+void KvCache::drop_exact(int page) {
+    const size_t at = static_cast<size_t>(page);
+    if (exact_[at] >= 0) halves_.push_back(exact_[at]);
+    exact_[at] = -1;
+}
+
 void KvCache::release(int page) {
-    if (--users_[static_cast<size_t>(page)] == 0) free_.push_back(page);
+    if (--users_[static_cast<size_t>(page)] > 0) return;
+    drop_exact(page);
+    free_.push_back(page);
+}
+
+uint8_t* KvCache::slot(int page) const {
+    return slots_.data() + ladder.bytes(ladder.rungs()) * static_cast<uint64_t>(page);
+}
+
+uint64_t KvCache::shallow(int page, int rungs) {
+    check_used({page});
+    const size_t at = static_cast<size_t>(page);
+    if (rungs < 1) throw UsageError("a KV page keeps at least one rung");
+    if (rungs_[at] > rungs) rungs_[at] = rungs;
+    if (rungs_[at] == 0 || touched_rungs_[at] <= rungs_[at]) return 0;
+    const uint64_t begin = ladder.bytes(rungs_[at]), end = ladder.bytes(touched_rungs_[at]);
+    const uint64_t base = static_cast<uint64_t>(slot(page) - slots_.data());
+    slots_.release(base + begin, base + end);
+    touched_rungs_[at] = rungs_[at];
+    return end - begin;
+}
+
+void KvCache::seal(int sequence) {
+    const Sequence& s = sequences_[static_cast<size_t>(sequence)];
+    if (!ladder.present()) return;
+    for (int i = s.length / kPageTokens - 1; i >= 0; --i) {
+        const int page = s.pages[static_cast<size_t>(i)];
+        const size_t at = static_cast<size_t>(page);
+        if (rungs_[at] > 0) return;  // and so are all before it
+        rungs_[at] = level_;
+        touched_rungs_[at] = std::max(touched_rungs_[at], level_);
+        shallow(page, level_);
+        drop_exact(page);
+    }
 }
 
 void KvCache::check_used(const std::vector<int>& pages) const {
@@ -107,17 +167,21 @@ void KvCache::close(int sequence) {
     s = {};
 }
 
-void KvCache::truncate(int sequence, int length) {
+int KvCache::truncate(int sequence, int length) {
     if (length < 0 || length > get(sequence).length)
         throw UsageError("cannot truncate sequence " + std::to_string(sequence) + " of " +
                          std::to_string(get(sequence).length) + " tokens to " +
                          std::to_string(length));
     Sequence& s = sequences_[static_cast<size_t>(sequence)];
+    if (length < s.length && length % kPageTokens != 0 &&
+        coded(s.pages[static_cast<size_t>(length / kPageTokens)]))
+        length -= length % kPageTokens;
     s.length = length;
     while (static_cast<int>(s.pages.size()) > pages_of(length)) {
         release(s.pages.back());
         s.pages.pop_back();
     }
+    return length;
 }
 
 int KvCache::pages_needed(int sequence, int tokens) const {
@@ -130,9 +194,7 @@ void KvCache::extend(int sequence, int tokens) {
     Sequence& s = sequences_[static_cast<size_t>(sequence)];
     if (tokens > 0 && copies(s)) {
         const int page = take();
-        std::memcpy(arena_.data() + page_bytes_ * static_cast<uint64_t>(page),
-                    arena_.data() + page_bytes_ * static_cast<uint64_t>(s.pages.back()),
-                    page_bytes_);
+        std::memcpy(exact(page), exact(s.pages.back()), page_bytes_);
         release(s.pages.back());
         s.pages.back() = page;
     }
@@ -143,37 +205,81 @@ void KvCache::extend(int sequence, int tokens) {
 uint16_t* KvCache::keys(int sequence, int page, int layer, int head) const {
     const Sequence& s = sequences_[static_cast<size_t>(sequence)];
     const size_t at = static_cast<size_t>(layer * kv_heads_ + head) * head_halves_;
-    uint8_t* base =
-        arena_.data() + page_bytes_ * static_cast<uint64_t>(s.pages[static_cast<size_t>(page)]);
-    return reinterpret_cast<uint16_t*>(base) + at;
+    return reinterpret_cast<uint16_t*>(exact(s.pages[static_cast<size_t>(page)])) + at;
 }
 
-uint8_t* KvCache::page(int sequence, int page) const {
+KvCache::Stored KvCache::page(int sequence, int page) const {
     const Sequence& s = get(sequence);
     if (page < 0 || page >= static_cast<int>(s.pages.size()))
         throw UsageError("sequence " + std::to_string(sequence) + " has " +
                          std::to_string(s.pages.size()) + " pages and no page " +
                          std::to_string(page));
-    return arena_.data() + page_bytes_ * static_cast<uint64_t>(s.pages[static_cast<size_t>(page)]);
+    const int number = s.pages[static_cast<size_t>(page)];
+    if (!coded(number)) return {0, exact(number), page_bytes_};
+    return {rungs(number), slot(number), bytes(number)};
+}
+
+KvCache::Stored KvCache::append(int sequence, int tokens, int rungs) {
+    const int before = get(sequence).length;
+    if (tokens < 1 || tokens > kPageTokens || before % kPageTokens != 0 ||
+        (tokens == kPageTokens && ladder.present() ? rungs < 1 || rungs > ladder.rungs()
+                                                   : rungs != 0))
+        throw UsageError("a page of " + std::to_string(tokens) + " tokens and " +
+                         std::to_string(rungs) + " rungs cannot follow " + std::to_string(before) +
+                         " tokens");
+    if (pages_free() < 1) throw EngineError("the KV cache has no free page");
+    extend(sequence, tokens);
+    const int number = sequences_[static_cast<size_t>(sequence)].pages.back();
+    const size_t at = static_cast<size_t>(number);
+    if (rungs > 0) {
+        rungs_[at] = rungs;
+        touched_rungs_[at] = std::max(touched_rungs_[at], rungs);
+        shallow(number, rungs);
+        drop_exact(number);
+    }
+    return page(sequence, before / kPageTokens);
 }
 
 uint16_t* KvCache::values(int sequence, int page, int layer, int head) const {
     return keys(sequence, page, layer, head) + key_halves_;
 }
 
+uint64_t KvCache::bytes(int page) const {
+    return coded(page) ? ladder.bytes(rungs_[static_cast<size_t>(page)]) : page_bytes_;
+}
+
+uint64_t KvCache::used_bytes() const {
+    uint64_t total = 0;
+    for (int page = 0; page < pages_; ++page)
+        if (users_[static_cast<size_t>(page)] > 0) total += bytes(page);
+    return total;
+}
+
 uint64_t KvCache::touched_bytes() const {
-    return page_bytes_ * static_cast<uint64_t>(std::count(touched_.begin(), touched_.end(), true));
+    uint64_t total =
+        page_bytes_ * static_cast<uint64_t>(std::count(touched_.begin(), touched_.end(), true));
+    for (int rungs : touched_rungs_)
+        if (rungs >= 0) total += ladder.bytes(rungs);
+    return total;
 }
 
 uint64_t KvCache::trim() {
     uint64_t bytes = 0;
-    for (int page : free_)
-        if (touched_[static_cast<size_t>(page)]) {
-            const uint64_t begin = page_bytes_ * static_cast<uint64_t>(page);
+    for (int half : halves_)
+        if (touched_[static_cast<size_t>(half)]) {
+            const uint64_t begin = page_bytes_ * static_cast<uint64_t>(half);
             arena_.release(begin, begin + page_bytes_);
-            touched_[static_cast<size_t>(page)] = false;
+            touched_[static_cast<size_t>(half)] = false;
             bytes += page_bytes_;
         }
+    for (int page : free_) {
+        int& rungs = touched_rungs_[static_cast<size_t>(page)];
+        if (rungs < 0) continue;
+        const uint64_t begin = static_cast<uint64_t>(slot(page) - slots_.data());
+        slots_.release(begin, begin + ladder.bytes(rungs));
+        bytes += ladder.bytes(rungs);
+        rungs = -1;
+    }
     return bytes;
 }
 

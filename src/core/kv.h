@@ -3,12 +3,17 @@
 // A page is counted: sequences that begin with the same tokens use the same pages, and whoever
 // keeps prefixes for later holds them without any sequence. A page with one user may be written; of
 // a page with more, a sequence that goes on inside it takes a copy first.
+//
+// Without a ladder pages are exact: half precision. With one they are exact until they are full;
+// then they are coded into their slot, at the level that holds then, and the exact half is given
+// up. A coded page may lose rungs at any time between steps, and gets none back.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "arena.h"
+#include "kv_ladder.h"
 #include "model.h"
 
 namespace pliant {
@@ -30,25 +35,50 @@ class KvCache {
     void hold(const std::vector<int>& pages);
     void drop(const std::vector<int>& pages);
     int length(int sequence) const { return get(sequence).length; }
-    // Forgets the tokens from `length` on.
-    void truncate(int sequence, int length);
+    // Forgets the tokens from `length` on; inside a coded page, all of that page. Returns how many
+    // are left.
+    int truncate(int sequence, int length);
     // Pages that must be taken before `tokens` tokens can be appended: new ones, and the copy of a
     // shared one.
     int pages_needed(int sequence, int tokens) const;
     // Makes room for `tokens` more tokens; the caller has checked pages_needed against pages_free.
     void extend(int sequence, int tokens);
 
+    KvLadder ladder;
+    // With a ladder: how many rungs pages get that are coded from now on.
+    int level() const { return level_; }
+    void set_level(int rungs);
+    bool coded(int page) const { return rungs_[static_cast<size_t>(page)] > 0; }
+    // How many rungs a page has, or will have once it is full.
+    int rungs(int page) const { return coded(page) ? rungs_[static_cast<size_t>(page)] : level_; }
+    // Takes rungs from a coded page that is in use, until it has no more than `rungs`; at least one
+    // is left. Returns the bytes that the kernel got back.
+    uint64_t shallow(int page, int rungs);
+    uint8_t* slot(int page) const;
+    // Gives up the exact halves of the full pages of a sequence: they are coded.
+    void seal(int sequence);
+
     // The halves of a page of one layer and KV head: K is [head_dim][kPageTokens], V
     // [kPageTokens][value_stride].
     uint16_t* keys(int sequence, int page, int layer, int head) const;
     uint16_t* values(int sequence, int page, int layer, int head) const;
-    // All of a page of a sequence, page_bytes() long, to be stored and brought back.
-    uint8_t* page(int sequence, int page) const;
+    // A page of a sequence as it is stored and brought back: its rungs (0: exact), and its bytes.
+    struct Stored {
+        int rungs;
+        uint8_t* data;
+        uint64_t bytes;
+    };
+    Stored page(int sequence, int page) const;
+    // Appends a page of `tokens` tokens to a sequence that ends with a full one, to be filled.
+    Stored append(int sequence, int tokens, int rungs);
     int value_stride() const { return value_stride_; }
 
     int pages_total() const { return pages_; }
     int pages_free() const { return static_cast<int>(free_.size()); }
-    uint64_t page_bytes() const { return page_bytes_; }
+    uint64_t page_bytes() const { return page_bytes_; }  // exact
+    // Bytes of a page in use: its slot, or its exact half.
+    uint64_t bytes(int page) const;
+    uint64_t used_bytes() const;  // of all pages in use
     uint64_t touched_bytes() const;
     // Gives the memory of pages that nobody uses back to the kernel; returns the bytes.
     uint64_t trim();
@@ -68,11 +98,20 @@ class KvCache {
     int layers_, kv_heads_, head_dim_, value_stride_;
     size_t key_halves_, head_halves_;  // of one layer and head: K, K and V
     uint64_t page_bytes_;
-    int pages_ = 0;
-    Arena arena_;
-    std::vector<int> free_;
-    std::vector<int> users_;  // of each page
+    uint8_t* exact(int page) const {
+        return arena_.data() +
+               page_bytes_ * static_cast<uint64_t>(exact_[static_cast<size_t>(page)]);
+    }
+    void drop_exact(int page);
+    int pages_ = 0, level_ = 0;
+    Arena arena_, slots_;      // exact pages, and coded ones
+    std::vector<int> free_;    // pages
+    std::vector<int> halves_;  // free exact halves
+    std::vector<int> users_;   // of each page
+    std::vector<int> exact_;   // of each page: its exact half, or -1
+    std::vector<int> rungs_;   // of each page: 0 unless coded
     std::vector<bool> touched_;
+    std::vector<int> touched_rungs_;  // of each slot: how many hold memory, or -1
     std::vector<Sequence> sequences_;
 };
 

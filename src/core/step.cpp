@@ -38,24 +38,26 @@ void Executor::step(const std::vector<Piece>& pieces, const int32_t* tokens, flo
                           " are free: close a sequence or give more memory to the context");
 
     std::vector<ChunkToken> chunk;
+    const auto run = [&] {
+        Forward(*this, chunk, logits, states).run();
+        for (size_t i = 0; i < chunk.size(); ++i)
+            if (i == 0 || chunk[i].sequence != chunk[i - 1].sequence) kv.seal(chunk[i].sequence);
+        chunk.clear();
+    };
     at = 0;
     int row = 0;
     for (const Piece& piece : pieces) {
-        const int begin = kv.length(piece.sequence);
-        kv.extend(piece.sequence, piece.count);
         for (int i = 0; i < piece.count; ++i, ++at) {
-            ChunkToken token{tokens[at], piece.sequence, begin + i, -1, -1};
+            ChunkToken token{tokens[at], piece.sequence, kv.length(piece.sequence), -1, -1};
+            kv.extend(piece.sequence, 1);
             if (piece.want == Want::kAll || (piece.want == Want::kLast && i + 1 == piece.count))
                 token.logits = row++;
             if (piece.want == Want::kStates) token.state = static_cast<int>(at);
             chunk.push_back(token);
-            if (static_cast<int>(chunk.size()) == chunk_) {
-                Forward(*this, chunk, logits, states).run();
-                chunk.clear();
-            }
+            if (static_cast<int>(chunk.size()) == chunk_) run();
         }
     }
-    if (!chunk.empty()) Forward(*this, chunk, logits, states).run();
+    if (!chunk.empty()) run();
 }
 
 }  // namespace pliant

@@ -117,19 +117,49 @@ class Executor:
     def kv_page_tokens(self) -> int: ...
     @property
     def kv_page_bytes(self) -> int:
-        """Bytes of a page, for all layers."""
+        """Bytes of an exact page, for all layers."""
     @property
     def kv_pages_total(self) -> int: ...
     @property
     def kv_pages_used(self) -> int: ...
+    @property
+    def kv_used_bytes(self) -> int:
+        """Bytes of all pages in use, exact or coded."""
+    @property
+    def kv_rung_bytes(self) -> list[int]:
+        """Bytes of a coded page with 0, 1, ... rungs; empty without a ladder."""
+    @property
+    def kv_level(self) -> int:
+        """Rungs of pages that are coded from now on; 0 without a ladder."""
+    def set_kv_level(self, rungs: int) -> None: ...
+    def set_kv_ladder(
+        self, units: npt.NDArray[np.uint32], plies: list[int], thresholds: npt.NDArray[np.float32]
+    ) -> None:
+        """Code full pages in plies: the unit of each ply in ladder order, how many plies each rung
+        has, and the thresholds of the tree, float32 [255]. Before `finish`."""
+    def set_kv_turn(
+        self,
+        layer: int,
+        head: int,
+        value: bool,
+        mean: npt.NDArray[np.float32],
+        scale: npt.NDArray[np.float32],
+        order: npt.NDArray[np.uint16],
+    ) -> None:
+        """How the keys or values of a KV head are turned before they are coded: [head_dim]."""
+    def page_rungs(self, pages: list[int]) -> list[int]:
+        """The rungs of pages; 0: exact."""
+    def shallow(self, page: int, rungs: int) -> int:
+        """Leave a coded page at most `rungs` rungs; returns the bytes that the kernel got back."""
     def reserve_kv(self, pages: int) -> None:
         """Size of the pool; no sequence may hold pages. Memory is taken when it is used."""
     def open_sequence(self) -> int: ...
     def close_sequence(self, seq: int) -> None: ...
     def length(self, seq: int) -> int:
         """Tokens of a sequence."""
-    def truncate(self, seq: int, length: int) -> None:
-        """Forget the tokens from `length` on."""
+    def truncate(self, seq: int, length: int) -> int:
+        """Forget the tokens from `length` on; inside a coded page, all of that page. Returns how
+        many are left."""
     def pages(self, seq: int) -> list[int]:
         """The pages of a sequence in order; the last may be partly filled."""
     def adopt_pages(self, seq: int, pages: list[int]) -> None:
@@ -140,9 +170,13 @@ class Executor:
         """Count one user less; a page without users is free."""
     def trim_kv(self) -> int:
         """Give the memory of unused pages back; returns its bytes."""
+    def page_form(self, seq: int, page: int) -> tuple[int, int]:
+        """Rungs (0: exact) and bytes of a page of a sequence, as `take_page` gives it."""
     def take_page(self, seq: int, page: int, into: npt.NDArray[np.uint8]) -> None:
-        """Copy a page of a sequence, uint8 [kv_page_bytes]."""
-    def put_page(self, seq: int, tokens: int, from_: npt.NDArray[np.uint8]) -> None:
+        """Copy a page of a sequence, uint8 [its bytes]."""
+    def put_page(
+        self, seq: int, tokens: int, from_: npt.NDArray[np.uint8], rungs: int = 0
+    ) -> None:
         """Append a page that was taken, with the first `tokens` of its tokens."""
     def step(
         self,

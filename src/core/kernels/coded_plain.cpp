@@ -80,6 +80,26 @@ void coded_product(const CodedProduct& p) {
     }
 }
 
+void page_product(const PlyProduct& p) {
+    const uint8_t* planes[kMaxDepth] = {};
+    for (int i = 0; i < p.depth; ++i) planes[i] = p.slot + p.places[i];
+    const int rows = p.values ? 64 : 32, columns = p.values ? 32 : 64;
+    for (int r = 0; r < rows; ++r) {
+        int32_t level[kGroup];
+        for (int c = 0; c < columns; ++c) {
+            // The vector of the four that this is in, as a place in a supertile of weights.
+            const int vector = p.values ? r / 16 : r / 16 * 2 + c / 32;
+            level[c] = p.levels->hi[p.depth][collect(planes, p.depth, 0, vector / 2 * 16 + r % 16,
+                                                     vector % 2 * 32 + c % 32)];
+        }
+        for (int v = 0; v < p.vectors; ++v) {
+            int32_t sum = 0;
+            for (int c = 0; c < columns; ++c) sum += level[c] * p.x[v * columns + c];
+            p.out[v * rows + r] = sum;
+        }
+    }
+}
+
 void coded_row(const CodedBlock& block, const LevelTables& levels, int row, const uint16_t* order,
                int columns, float* out) {
     const size_t tile = static_cast<size_t>(row / kSupertile);

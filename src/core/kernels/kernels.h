@@ -60,6 +60,58 @@ struct Attention {
     const struct Attended* out;  // [queries]
 };
 
+// The keys of a page in 64 channels (32 rows, the tokens, and 64 columns), or its values (64 rows,
+// the channels, and 32 columns), in plies of 256 bytes: four vectors of 16 rows × 32 columns.
+// out[v][r] = Σ_c level[r][c] · x[v][c], in whole numbers.
+struct PlyProduct {
+    bool values;
+    const uint8_t* slot;  // planes are at slot + places[ply]
+    const uint32_t* places;
+    int depth;  // 1 to kMaxDepth; levels have 8 bits at any depth
+    const LevelTables* levels;
+    int vectors;         // at most kMaxQueries
+    const int8_t* x;     // [vectors][columns]
+    const int32_t* sum;  // [vectors]: of x
+    int32_t* out;        // [vectors][rows]
+};
+
+// How a key or a value is turned before it is coded: less `mean`, times `scale`, gathered by
+// `order`, filled up with zeros to groups of 64 and rotated. Queries are divided by the scale of
+// the keys, and see a score that is less by the same for all positions.
+struct Turn {
+    const float *mean, *scale, *inverse;  // [head_dim]; inverse = 1 / scale
+    const uint16_t* order;                // [head_dim]
+};
+
+// Codes one full page of one layer and KV head.
+struct PageCoding {
+    int head_dim, groups;
+    const uint16_t *k, *v;  // as in Attention
+    Turn key, value;
+    const float* thresholds;  // [256]: the tree as a heap, 1 its root
+    uint8_t* slot;            // as in CodedAttention
+    const uint8_t* depths;
+    const uint32_t* places;
+    int keys, values;
+};
+
+// As Attention, over full pages in plies (docs/kv.md). Keys and queries, and values, are turned;
+// what is drawn is in the turned space of the values, [groups · 64].
+struct CodedAttention {
+    int groups, queries;
+    const Prepared* q;    // turned, scaled and coded: [groups], room for kMaxQueries
+    const int* position;  // as there
+    int window;
+    int first_page, pages;
+    const uint8_t* const* slot;    // [pages]
+    const uint8_t* const* depths;  // [pages] -> depth of each unit of the cache
+    const uint32_t* places;        // of the planes in a slot: [units][kMaxDepth]
+    int keys, values;              // their units in group 0; scale codes are at slot + 32 · unit
+    const LevelTables* levels;
+    float softcap;
+    const struct Attended* out;  // [queries]
+};
+
 // What a query has drawn from some of the positions: Σ e^(score - best) · value, padded to 16, and
 // the sum of the e^(score - best). `total` is 0 if it saw none of them.
 struct Attended {
@@ -93,6 +145,10 @@ struct Kernels {
     void (*softcap)(float* x, int n, float cap);
     void (*to_half)(const float* x, int n, uint16_t* out);  // clamped to finite values
     void (*attend)(const Attention&);
+    void (*attend_coded)(const CodedAttention&);
+    void (*code_page)(const PageCoding&);
+    // Turns back what was drawn from coded values, in place: then it is as of Attention.
+    void (*turn_back)(const Turn& turn, int head_dim, int groups, const Attended& drawn);
     // Adds what was drawn from later positions.
     void (*attend_more)(const Attended& more, int head_dim, const Attended& sum);
     // The weighted mean of the values: out[head_dim].

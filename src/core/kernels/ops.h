@@ -7,6 +7,9 @@ namespace pliant {
 
 namespace plain {
 void fill_ops(Kernels& kernels);
+void fill_attention(Kernels& kernels);
+void fill_coding(Kernels& kernels);
+void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
 void coded_row(const CodedBlock& block, const LevelTables& levels, int row, const uint16_t* order,
                int columns, float* out);
@@ -14,11 +17,17 @@ void coded_row(const CodedBlock& block, const LevelTables& levels, int row, cons
 
 namespace avx2 {
 void fill_ops(Kernels& kernels);
+void fill_attention(Kernels& kernels);
+void fill_coding(Kernels& kernels);
+void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
 }  // namespace avx2
 
 namespace avx512 {
 void fill_ops(Kernels& kernels);
+void fill_attention(Kernels& kernels);
+void fill_coding(Kernels& kernels);
+void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
 }  // namespace avx512
 

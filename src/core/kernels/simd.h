@@ -66,6 +66,7 @@ inline V load_bf16(const uint16_t* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
 }
 inline void store_int(int32_t* p, V a) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(a.v)); }
+inline V load_int(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
 template <int S>
 inline V butterfly(V a) {  // lanes i, i ^ S: sum in the lower, difference in the upper
     __m512 swapped;
@@ -149,6 +150,12 @@ inline V load_bf16(const uint16_t* p) {
 inline void store_int(int32_t* p, V x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(x.a));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), _mm256_cvtps_epi32(x.b));
+}
+inline V load_int(const int32_t* p) {
+    const auto part = [](const int32_t* q) {
+        return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
+    };
+    return {part(p), part(p + 8)};
 }
 template <int S>
 inline V butterfly(V x) {
@@ -235,6 +242,7 @@ inline V load_half(const uint16_t* p) { PLIANT_EACH(half_to_float(p[i])); }
 inline void store_half(uint16_t* p, const V& a) {
     for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(a.f[i]);
 }
+inline V load_int(const int32_t* p) { PLIANT_EACH(static_cast<float>(p[i])); }
 inline V load_bf16(const uint16_t* p) {
     V r;
     for (int i = 0; i < kLanes; ++i) {

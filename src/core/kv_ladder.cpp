@@ -1,0 +1,102 @@
+#include "kv_ladder.h"
+
+#include <cmath>
+#include <string>
+
+#include "error.h"
+
+namespace pliant {
+
+namespace {
+constexpr uint64_t kUnitPly = kGroup * kPageTokens / 8;  // bytes of one ply of one unit
+uint64_t whole_pages(uint64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+}  // namespace
+
+KvLadder::KvLadder(const ModelSpec& model)
+    : layers_(model.layers),
+      kv_heads_(model.kv_heads),
+      head_dim_(model.head_dim),
+      groups_((model.head_dim + kGroup - 1) / kGroup),
+      units_(model.layers * model.kv_heads * 2 * groups_) {}
+
+void KvLadder::set(const std::vector<uint32_t>& units, const std::vector<uint32_t>& plies,
+                   const float* thresholds) {
+    const size_t count = static_cast<size_t>(units_);
+    std::vector<uint64_t> ends{whole_pages(count * kPageTokens)};
+    std::vector<uint8_t> depth(count, 0), depths(count, 0);
+    std::vector<uint32_t> places(count * kMaxDepth, 0);
+    size_t at = 0;
+    for (uint32_t rung : plies) {
+        if (rung == 0 || rung > units.size() - at)
+            throw FormatError("the rungs of the KV ladder do not match its plies");
+        uint64_t place = ends.back();
+        for (uint32_t i = 0; i < rung; ++i, ++at, place += kUnitPly) {
+            const uint32_t unit = units[at];
+            if (unit >= count || depth[unit] >= kMaxDepth)
+                throw FormatError("the KV ladder has a unit that does not exist or is too deep");
+            if (place > UINT32_MAX - kUnitPly) throw FormatError("a page of KV is too large");
+            places[unit * kMaxDepth + depth[unit]++] = static_cast<uint32_t>(place);
+        }
+        ends.push_back(whole_pages(place));
+        depths.insert(depths.end(), depth.begin(), depth.end());
+    }
+    if (at != units.size() || plies.empty())
+        throw FormatError("the rungs of the KV ladder do not match its plies");
+    thresholds_.assign(256, 0.0f);
+    for (int bit = 0; bit < kMaxDepth; ++bit)
+        for (int i = 0; i < 1 << bit; ++i) {
+            const int cell = 1 << (kMaxDepth - bit);  // leaves below this node
+            const float value = thresholds[i * cell + cell / 2 - 1];
+            if (!std::isfinite(value)) throw FormatError("a threshold of the tree is not finite");
+            thresholds_[static_cast<size_t>((1 << bit) + i)] = value;
+        }
+    const size_t channels = static_cast<size_t>(layers_ * kv_heads_ * 2 * head_dim_);
+    mean_.assign(channels, 0.0f);
+    scale_.assign(channels, 1.0f);
+    inverse_.assign(channels, 1.0f);
+    order_.assign(channels, 0);
+    turned_.assign(static_cast<size_t>(layers_ * kv_heads_ * 2), false);
+    ends_ = std::move(ends);
+    depths_ = std::move(depths);
+    places_ = std::move(places);
+}
+
+void KvLadder::set_turn(int layer, int head, bool value, const float* mean, const float* scale,
+                        const uint16_t* order) {
+    if (!present() || layer < 0 || layer >= layers_ || head < 0 || head >= kv_heads_)
+        throw FormatError("a turn of keys or values belongs to no head of the model");
+    const size_t at = turn_at(layer, head, value);
+    std::vector<bool> seen(static_cast<size_t>(head_dim_), false);
+    for (size_t i = 0; i < seen.size(); ++i) {
+        if (order[i] >= head_dim_ || seen[order[i]])
+            throw FormatError("a channel order of keys or values is no permutation");
+        seen[order[i]] = true;
+        const float inverse = 1.0f / scale[i];
+        if (!std::isfinite(mean[i]) || !(scale[i] > 0.0f) || !std::isfinite(scale[i]) ||
+            !std::isfinite(inverse))
+            throw FormatError("a mean or a scale of keys or values is out of range");
+        mean_[at + i] = mean[i];
+        scale_[at + i] = scale[i];
+        inverse_[at + i] = inverse;
+        order_[at + i] = order[i];
+    }
+    turned_[at / static_cast<size_t>(head_dim_)] = true;
+}
+
+void KvLadder::finish() const {
+    for (const bool turned : turned_)
+        if (!turned) throw FormatError("a head of the KV ladder has no turn");
+}
+
+Turn KvLadder::turn(int layer, int head, bool value) const {
+    const size_t at = turn_at(layer, head, value);
+    return {mean_.data() + at, scale_.data() + at, inverse_.data() + at, order_.data() + at};
+}
+
+uint64_t KvLadder::table_bytes() const {
+    return ends_.capacity() * 8 + depths_.capacity() + places_.capacity() * 4 +
+           thresholds_.capacity() * 4 +
+           (mean_.capacity() + scale_.capacity() + inverse_.capacity()) * 4 + order_.capacity() * 2;
+}
+
+}  // namespace pliant
