@@ -42,14 +42,8 @@ class HfSource(Source):
     """The model in a directory that `save_pretrained` wrote, or that a hub holds."""
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        origin: str | None = None,
-        name: str | None = None,
-        license_id: str | None = None,
+        self, path: Path, *, origin: str, name: str | None = None, license_id: str | None = None
     ) -> None:
-        origin = origin if origin is not None else str(path)
         self.path = path
         raw, wrapped = unwrap_text_config(read_json(path / "config.json", origin))
         config = normal_config(raw, origin)
