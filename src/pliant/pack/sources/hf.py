@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from pliant.errors import SourceError
+from pliant.pack.json_files import read_json
 from pliant.pack.tokenizer_files import copy_tokenizer_files
 
-from .base import Source, read_json
+from .base import Source
 from .config import generation_config, normal_config, unwrap_text_config
 from .safetensors_file import SafetensorsFile
 
