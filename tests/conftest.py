@@ -1,20 +1,29 @@
-"""At the end of every test that had a model: the ledger adds up, and the kernel agrees with it."""
+"""At the end of every test that had a model: the ledger adds up, and the kernel agrees with it.
+
+Here too is what several files of tests use as a fixture.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import os
+import re
 import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fakes import FakeExecutor
 from pliant.engine.model import Model
 from pliant.sizes import MIB
+
+if TYPE_CHECKING:
+    from packs import Reader
 
 
 def audit(model: Model, alone: bool = True) -> None:
@@ -70,6 +79,19 @@ def audited(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             audit(model, alone)
     if failures:
         raise failures[0]
+
+
+@pytest.fixture(scope="session")
+def reader() -> Reader:
+    """The independent reader of docs/format.md: `matrix(pack, name, shards)` of section 9."""
+    document = Path(__file__).parents[1] / "docs" / "format.md"
+    section = document.read_text(encoding="utf-8").split("\n## 9. ")[1]
+    block = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert block is not None
+    names: dict[str, Any] = {}
+    exec(compile(block[1], str(document), "exec"), names)
+    found: Reader = names["matrix"]
+    return found
 
 
 @pytest.hookimpl(tryfirst=True)

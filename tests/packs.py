@@ -17,6 +17,7 @@ from pliant.pack.writer import write_pack
 from pliant.store import Pack, UnitTable
 
 __all__ = [
+    "Reader",
     "gaussian_tree",
     "random_base",
     "random_ladder",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 Floats = npt.NDArray[np.float32]
+# A matrix out of a pack: directory, name of the matrix, how many shards are there.
+Reader = Callable[[str, str, int], Floats]
 Base = dict[str, npt.NDArray[Any]]
 
 INPUTS = {

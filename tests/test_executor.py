@@ -304,6 +304,20 @@ def test_a_sequence_among_long_ones_gets_its_own_bits(tmp_path: Path) -> None:
     assert np.array_equal(executor.step(sequences, [1] * 3, last, [1] * 3), np.stack(want))
 
 
+@pytest.mark.parametrize("isa", _core.cpu_isa())
+def test_what_is_no_number_stays_none_and_the_tiniest_is_nothing(tmp_path: Path, isa: str) -> None:
+    """Inputs of a product are coded as integers: a NaN or an infinity must not become one."""
+    pack = Pack.open(write_random_pack(tmp_path / "pack", least=1))
+    norm = pack.base["final_norm"].copy()
+    for ids in (some_ids(160, 1), some_ids(160, 9)):
+        for value in (np.nan, np.inf):
+            pack.base["final_norm"] = norm.copy()
+            pack.base["final_norm"][5] = value
+            assert np.isnan(run(build(pack, isa=isa), ids)).all()
+        pack.base["final_norm"] = norm * np.float32(1e-36)
+        assert np.abs(run(build(pack, isa=isa), ids)).max() < 1e-20
+
+
 def test_states_are_what_the_head_multiplies(pack: Pack) -> None:
     ids = np.array(some_ids(pack.manifest.model.vocab, 21), np.int32)
     executor = build(pack)

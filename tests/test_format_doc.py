@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from safetensors import safe_open
 
-from packs import slow_matrix, write_random_pack
+from packs import Reader, slow_matrix, write_random_pack
 from pliant.codec.plies import EncodedBlock, decode_block, padded_rows
 from pliant.codec.tree import LEVELS
 from pliant.store import Pack
@@ -25,19 +24,6 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "format.md"
 DATA = Path(__file__).parent / "data"
 
 Floats = npt.NDArray[np.float32]
-Reader = Callable[[str, str, int], Floats]
-
-
-@pytest.fixture(scope="module")
-def reader() -> Reader:
-    """The function `matrix(pack, name, shards)` of section 9."""
-    section = DOCUMENT.read_text(encoding="utf-8").split("\n## 9. ")[1]
-    block = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert block is not None
-    names: dict[str, Any] = {}
-    exec(compile(block[1], str(DOCUMENT), "exec"), names)
-    found: Reader = names["matrix"]
-    return found
 
 
 @pytest.fixture(scope="module", params=["plain", "odd"])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
+from packs import Reader
 from pliant.errors import ModelError, SourceError, UsageError
 from pliant.pack.calibrate import (
     calibrate,
@@ -25,22 +24,6 @@ from pliant.pack.packer import PackResult, pack, peak_memory
 from pliant.pack.sources import Source, open_source
 from pliant.store import Pack
 from tiny_sources import FAMILIES, TEXT, VOCAB, save_hf, tiny_model, train_tokenizer
-
-DOCUMENT = Path(__file__).parents[1] / "docs" / "format.md"
-
-Reader = Callable[[str, str, int], NDArray[np.float32]]
-
-
-@pytest.fixture(scope="module")
-def reader() -> Reader:
-    """The independent reader of docs/format.md."""
-    section = DOCUMENT.read_text(encoding="utf-8").split("\n## 9. ")[1]
-    block = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert block is not None
-    names: dict[str, Any] = {}
-    exec(compile(block[1], str(DOCUMENT), "exec"), names)
-    found: Reader = names["matrix"]
-    return found
 
 
 @pytest.fixture(scope="module")

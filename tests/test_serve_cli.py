@@ -139,7 +139,7 @@ def test_pliant_budget_moves_a_server_by_address_and_by_socket(
 def test_serve_refuses(
     pack: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["serve", str(pack), *options]) in (1, 2)
+    assert main(["serve", str(pack), "--port", "0", *options]) in (1, 2)
     assert said in capsys.readouterr().err
 
 
@@ -250,6 +250,10 @@ def test_top_shows_a_server(pack: Path, capsys: pytest.CaptureFixture[str]) -> N
         later["counters"]["answer_tokens"] += 100
         assert "answers 50 tokens/s" in top.screen(later, state, 100)
         assert max(map(len, top.screen(later, state, 60).splitlines())) <= 60
+        # What matters fits into a terminal of 80 columns, however long numbers may become.
+        later["budget"] |= {"bits_per_weight": 8.09, "expected_kl": 0.000577, "context": 131_072}
+        later["budget"] |= {"rungs": 12_345, "rungs_available": 12_345}
+        assert "context 131072\n" in top.screen(later, state, 80)
     assert main(["top", "--url", server.url, "--once"]) == 1
     assert "no server answers" in capsys.readouterr().err
     assert main(["top", "--url", "ftp://x"]) == 2

@@ -5,9 +5,11 @@ Needs numpy only, so that it runs in the environment of a rival as well as in th
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -21,10 +23,13 @@ import numpy.typing as npt
 WINDOW = 512  # tokens of one window, and of the prompt whose prefill is timed
 DECODED = 128  # tokens of which decoding is timed
 REPEATS = 5  # timings of which the median is reported
+LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 ROWS = 64  # positions scored at once: bounds the float64 copies to 64 x vocabulary
 
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
+
+_callbacks: list[Any] = []  # llama.cpp holds a pointer to each
 
 
 def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
@@ -171,6 +176,18 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "instructions": [name for name in wanted if name in held],
     }
+
+
+def llama_errors_only() -> None:
+    """Let llama.cpp print its errors, and nothing else of all that it tells."""
+    import llama_cpp
+
+    def show(level: int, text: bytes, _: object) -> None:
+        if level == LOG_ERROR:
+            print(text.decode(errors="replace"), end="", file=sys.stderr)
+
+    _callbacks.append(llama_cpp.llama_log_callback(show))
+    llama_cpp.llama_log_set(_callbacks[-1], ctypes.c_void_p(0))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -58,6 +58,14 @@ def quality(pack: Path, weights: int, reference: Reference, threads: int) -> dic
     }
 
 
+def measured(out: Path, reference: Reference) -> dict[int, dict[str, Any]]:
+    """The sizes that OUT has from the same windows, by their bytes."""
+    if not out.exists():
+        return {}
+    sizes = json.loads(out.read_text(encoding="utf-8"))["sizes"]
+    return {size["weights"]: size for size in sizes if size["tokens"] == reference.ids.size}
+
+
 def target(name: str, file: dict[str, Any]) -> float | None:
     """Largest wanted ratio of KLs; None where the source itself is in this format."""
     if file["source_share"] > 0.5:
@@ -124,6 +132,9 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, required=True, help="JSON of run_llama.py")
     parser.add_argument("--work", type=Path, default=Path("bench-work"), help="as in reference.py")
     parser.add_argument("--sizes", type=float, nargs="*", default=SIZES, help="more sizes, 10^6 B")
+    parser.add_argument(
+        "--files", nargs="*", help="at the bytes of these alone; other sizes in OUT stay"
+    )
     parser.add_argument("--windows", type=int, help="fewer than the reference has")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/pliant_MODEL.json")
@@ -149,13 +160,18 @@ def main() -> None:
     if args.only in ("speed", "table"):
         ours["sizes"] = json.loads(out.read_text(encoding="utf-8"))["sizes"]
     else:
+        files = args.files
+        if files is None:
+            files = [key for key in theirs["files"] if key != "F32"]
         wanted = {round(size * 1e6) for size in args.sizes}
-        wanted |= {file["file_bytes"] for key, file in theirs["files"].items() if key != "F32"}
+        wanted |= {theirs["files"][key]["file_bytes"] for key in files}
         reference = Reference.read(args.work / name, args.windows)
+        sizes = {} if args.files is None else measured(out, reference)
         for weights in sorted(wanted):
             size = quality(args.pack, weights, reference, args.threads)
-            ours["sizes"].append(size)
+            sizes[weights] = size
             print(f"{weights / 1e6:.1f} MB: KL {size['kl']:.6f}", file=sys.stderr)
+            ours["sizes"] = [sizes[key] for key in sorted(sizes)]
             write_json(out, ours)
     if args.only in (None, "speed"):
         speed(args.pack, ours["sizes"], args.threads)

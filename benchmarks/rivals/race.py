@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import DECODED, WINDOW, load_average, machine, markdown, read_bandwidth, write_json
+from common import (
+    DECODED,
+    WINDOW,
+    llama_errors_only,
+    load_average,
+    machine,
+    markdown,
+    read_bandwidth,
+    write_json,
+)
 
 ROUNDS = 5
 BATCH = 8
@@ -32,6 +41,7 @@ def llama(path: str, threads: int) -> dict[str, tuple[int, Step]]:
     """What llama.cpp does in a round: tokens and function of each step."""
     from run_llama import Engine
 
+    llama_errors_only()
     ids = np.random.default_rng(0).integers(1000, 20_000, WINDOW + DECODED).astype(np.int32)
     engine = Engine(Path(path), threads)
     return {

@@ -66,6 +66,12 @@ def main() -> None:
     parser.add_argument("--ids", type=Path, help=".npy with windows of token ids, in place of text")
     parser.add_argument("--work", type=Path, default=Path("bench-work"), help="large files go here")
     parser.add_argument("--windows", type=int, default=12, help="of 512 tokens (default 12)")
+    parser.add_argument(
+        "--matrices",
+        choices=("f32", "bf16"),
+        default="f32",
+        help="bf16: round the matrices to bfloat16 at first, and write to WORK/NAME-bf16",
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if (args.text is None) == (args.ids is None):
@@ -80,6 +86,11 @@ def main() -> None:
 
     model = load_source(args.source)
     folder = args.work / args.source.stem
+    if args.matrices == "bf16":
+        folder = folder.with_name(f"{folder.name}-bf16")
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.data = parameter.data.bfloat16().float()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "about.json").unlink(missing_ok=True)  # a half-written reference must not look whole
     np.save(folder / "ids.npy", ids)

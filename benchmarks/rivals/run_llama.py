@@ -29,6 +29,7 @@ from common import (
     Floats,
     Ids,
     Reference,
+    llama_errors_only,
     load_average,
     machine,
     markdown,
@@ -50,8 +51,6 @@ FTYPES: dict[str, int] = {
     "Q6_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
 }
-
-LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
 def write_f32(source: Path, out: Path) -> None:
@@ -259,12 +258,6 @@ def table(result: dict[str, Any]) -> str:
     return markdown([*head, "perplexity", "decode", "prefill"], rows)
 
 
-def show_error(level: int, text: bytes, _: object) -> None:
-    """A log callback for llama.cpp."""
-    if level == LOG_ERROR:
-        print(text.decode(errors="replace"), end="", file=sys.stderr)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("source", type=Path, help="GGUF file that is packed")
@@ -282,9 +275,7 @@ def main() -> None:
 
     work = args.work / args.source.stem
     reference = Reference.read(work, args.windows)
-    # Of all that llama.cpp tells, show errors; the formats it falls back to are in the result.
-    errors = llama_cpp.llama_log_callback(show_error)
-    llama_cpp.llama_log_set(errors, ctypes.c_void_p(0))
+    llama_errors_only()  # the formats it falls back to are in the result
     llama_cpp.llama_backend_init()
 
     f32 = work / "gguf" / "F32.gguf"
@@ -298,15 +289,21 @@ def main() -> None:
         "machine": machine(),
         "files": {},
     }
+    same_engine = False
     if args.out.exists():  # files that are not measured now keep their figures
-        result["files"] = json.loads(args.out.read_text(encoding="utf-8"))["files"]
+        before = json.loads(args.out.read_text(encoding="utf-8"))
+        result["files"] = before["files"]
+        same_engine = before["engine"] == result["engine"]
+    # Files are often measured one by one; F32 is the same every time, and takes the longest.
+    tokens = reference.ids.size
+    known = result["files"].get("F32", {}).get("tokens") == tokens and same_engine
     matrix = work / "imatrix.npz"
     for name in ["F32", *args.files]:
         plain, helped = (f32.with_name(f"{name}{kind}.gguf") for kind in ("", "-imatrix"))
         file = result["files"].setdefault(name, {})
         if not plain.exists():
             quantise(f32, plain, name, None, args.threads)
-        if args.only in (None, "quality"):
+        if args.only in (None, "quality") and not (name == "F32" and known):
             file |= quality(plain, args.source, reference, args.threads)
             if name != "F32":
                 file["kl_weights"] = weights_only(plain, reference, args.threads)

@@ -5,6 +5,7 @@
 // and the weighted values are kept and rescaled when a larger score appears. Pages are counted from
 // the beginning of the sequence, so a query gets the same bits however its neighbours are grouped.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 
 #include "kernels.h"
@@ -214,10 +215,14 @@ void add_values(const CodedAttention& a, const uint8_t* slot, int depth, int gro
     for (int q = 0; q < a.queries; ++q) {
         const V w0 = mul(load(p[q]), scales.first), w1 = mul(load(p[q] + kLanes), scales.second);
         const float peak = largest(max(w0, w1));  // none is negative
-        const V factor = set1(peak > 0.0f ? 127.0f / peak : 0.0f);
-        alignas(64) int32_t whole[kPageTokens];
-        store_int(whole, mul(w0, factor));
-        store_int(whole + kLanes, mul(w1, factor));
+        // Nothing, or no numbers: these must not become integers.
+        const bool usable = peak > 1e-30f && peak <= FLT_MAX;
+        const V factor = set1(usable ? 127.0f / peak : 0.0f);
+        alignas(64) int32_t whole[kPageTokens] = {};
+        if (usable) {
+            store_int(whole, mul(w0, factor));
+            store_int(whole + kLanes, mul(w1, factor));
+        }
         int32_t sum = 0;
         for (int i = 0; i < kPageTokens; ++i) {
             x[q * kPageTokens + i] = static_cast<int8_t>(whole[i]);

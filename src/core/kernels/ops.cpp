@@ -3,7 +3,9 @@
 #include "ops.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
+#include <cstring>
 
 #include "kernels.h"
 #include "rotate.h"
@@ -12,6 +14,8 @@
 namespace pliant::PLIANT_ISA {
 
 namespace {
+
+constexpr float kLeastPeak = 1e-30f;  // 32512 / peak must be a number
 
 template <typename F>
 inline void each_vector(int n, F&& f) {  // f(offset, lanes)
@@ -38,7 +42,15 @@ void prepare(const float* x, const uint16_t* order, int columns, bool wide, Prep
         const size_t at = out->at(g, token);
         int8_t* hi = out->hi + at * kGroup;
         int8_t* lo = out->lo + at * kGroup;
-        const V factor = set1(peak > 0.0f ? 32512.0f / peak : 0.0f);  // 32512 = 127 · 256
+        out->sum_hi[at] = out->sum_lo[at] = 0;
+        if (!(peak > kLeastPeak && peak <= FLT_MAX)) {
+            // Nothing, or no numbers: these must not become integers, whose sums would overflow.
+            std::memset(hi, 0, kGroup);
+            if (wide) std::memset(lo, 0, kGroup);
+            out->scale[at] = peak <= kLeastPeak ? 0.0f : NAN;
+            continue;
+        }
+        const V factor = set1(32512.0f / peak);  // 32512 = 127 · 256
         alignas(64) int32_t q[kGroup];
         for (int i = 0; i < 4; ++i) store_int(q + 16 * i, mul(v[i], factor));
         int32_t sum_hi = 0, sum_lo = 0;

@@ -53,8 +53,12 @@ def run(options: argparse.Namespace) -> int:
     before = None
     while True:
         lines = screen(now, before, _width())
-        # To the top left corner, each line cleared behind its end, and what is below.
-        sys.stdout.write("\x1b[H" + lines.replace("\n", "\x1b[K\n") + "\x1b[K\n\x1b[J")
+        if sys.stdout.isatty():
+            # To the top left corner, each line cleared behind its end, and what is below.
+            lines = "\x1b[H" + lines.replace("\n", "\x1b[K\n") + "\x1b[K\n\x1b[J"
+        else:
+            lines += "\n\n"
+        sys.stdout.write(lines)
         sys.stdout.flush()
         time.sleep(options.every)
         before, now = now, fetch(options.url)
@@ -94,7 +98,8 @@ def screen(now: dict[str, Any], before: dict[str, Any] | None, width: int) -> st
     budget, pages = now["budget"], now["pages"]
     limit = "no budget" if budget["memory"] is None else f"of {format_size(budget['memory'])}"
     lines = [
-        f"{now['model']}   {quality_text(budget['bits_per_weight'], budget['expected_kl'])}   "
+        now["model"],
+        f"{quality_text(budget['bits_per_weight'], budget['expected_kl'])}   "
         f"rungs {budget['rungs']} of {budget['rungs_available']}   context {budget['context']}",
         f"resident {format_size(budget['resident'])} {limit}, peak {format_size(budget['peak'])}",
         f"running {now['running']}   waiting {now['waiting']}   KV pages: "

@@ -21,12 +21,12 @@ import struct
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pliant import errors
 from pliant.engine.control import BudgetControl
 from pliant.errors import EngineError, PliantError, UsageError
+from pliant.store.closing import Closing
 
 __all__ = ["ControlSocket", "ask", "control_folder", "error_from", "running"]
 
@@ -117,7 +117,7 @@ class _Client:
         self.deadline = time.monotonic() + PATIENCE
 
 
-class ControlSocket:
+class ControlSocket(Closing):
     """Serves the requests for one model until it is closed; a context manager."""
 
     def __init__(self, control: BudgetControl, folder: Path | None = None) -> None:
@@ -141,17 +141,6 @@ class ControlSocket:
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="pliant-control", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> ControlSocket:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop, and remove the socket. Nothing happens the second time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -12,6 +11,7 @@ from pliant.engine.cache import ParkedLost
 from pliant.engine.kinds import DepthTrack
 from pliant.engine.seam import Floats
 from pliant.errors import EngineError
+from pliant.store.closing import Closing
 
 if TYPE_CHECKING:
     from pliant.engine.model import Model
@@ -22,7 +22,7 @@ PIECE = 256
 """Tokens of a prompt in one step: the budget can change in between."""
 
 
-class Session:
+class Session(Closing):
     """Keeps the keys and values of a conversation, so that only what is new is computed.
 
     Used by one thread at a time. Close it, or use it as a context manager, to give its memory back.
@@ -36,17 +36,6 @@ class Session:
             self._sequence: int | None = cache.open()
         self.tokens: list[int] = []
         """The tokens whose keys and values are in the cache."""
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -10,7 +10,6 @@ nothing would show it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from tokenizers.processors import TemplateProcessing
 
 from pliant.errors import ModelError, SourceError
+from pliant.pack.json_files import read_json, write_json
 
 __all__ = ["copy_tokenizer_files", "end_tokens", "gguf_tokenizer", "write_gguf_tokenizer"]
 
@@ -113,7 +113,7 @@ def write_gguf_tokenizer(metadata: Mapping[str, Any], directory: Path, origin: s
     context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if isinstance(context, int):
         config["model_max_length"] = context
-    _write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "tokenizer_config.json", config)
     if vocabulary.template:
         (directory / "chat_template.jinja").write_text(vocabulary.template, encoding="utf-8")
 
@@ -150,7 +150,7 @@ def copy_tokenizer_files(source: Path, directory: Path, origin: str) -> None:
     """
     settings: dict[str, Any] = {}
     if (source / "tokenizer_config.json").is_file():
-        settings = _read_object(source / "tokenizer_config.json", origin)
+        settings = read_json(source / "tokenizer_config.json", origin)
     # Code that a repository brings is never run, and no file of a pack asks for it.
     settings.pop("auto_map", None)
     template = _chat_template(source, settings, origin)
@@ -163,12 +163,12 @@ def copy_tokenizer_files(source: Path, directory: Path, origin: str) -> None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
-    _write_json(directory / "tokenizer_config.json", settings)
+    write_json(directory / "tokenizer_config.json", settings)
     if template:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     for name in _COPIED:
         if (source / name).is_file():
-            _write_json(directory / name, _read_object(source / name, origin))
+            write_json(directory / name, read_json(source / name, origin))
 
 
 def _vocabulary(metadata: Mapping[str, Any], origin: str) -> _Vocabulary:
@@ -463,26 +463,8 @@ def _chat_template(source: Path, settings: Mapping[str, Any], origin: str) -> st
         return path.read_text(encoding="utf-8", errors="replace")
     value = settings.get("chat_template")
     if value is None and (source / "chat_template.json").is_file():
-        value = _read_object(source / "chat_template.json", origin).get("chat_template")
+        value = read_json(source / "chat_template.json", origin).get("chat_template")
     if isinstance(value, list):
         named = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
         value = named.get("default")
     return value if isinstance(value, str) else None
-
-
-def _read_object(path: Path, origin: str) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_FILE:
-            raise SourceError(f"{origin}: {path.name} is larger than {_MAX_FILE} bytes.")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise SourceError(f"{origin}: {path.name} cannot be read ({error.strerror}).") from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{origin}: {path.name} is not valid JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise SourceError(f"{origin}: {path.name} holds no JSON object.")
-    return value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

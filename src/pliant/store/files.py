@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from pliant.errors import BudgetError, FormatError, PackError
+from pliant.store.closing import Closing
 
 __all__ = ["RegularFile", "size_of"]
 
 
-class RegularFile:
+class RegularFile(Closing):
     """A regular file that is open for reading, and its size when it was opened.
 
     A symbolic link is followed, since caches of model hubs are made of them, but what it leads to
@@ -46,17 +46,6 @@ class RegularFile:
         self.size = status.st_size
         self.position = 0
         self._descriptor = descriptor
-
-    def __enter__(self) -> RegularFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; it must not be used afterwards."""

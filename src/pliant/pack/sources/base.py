@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from abc import ABC, abstractmethod
@@ -15,15 +14,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from pliant.errors import SourceError
+from pliant.pack.json_files import write_json
 
 from .config import ARCHITECTURES, attention_windows, check_shapes
 
-__all__ = ["Progress", "Source", "cache_root", "read_json"]
+__all__ = ["Progress", "Source", "cache_root"]
 
 #: Called with what is being done and the part done, 0 to 1 (None: not known).
 Progress = Callable[[str, float | None], None]
-
-_MAX_JSON = 64 << 20
 
 
 class Source(ABC):
@@ -163,24 +161,3 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         return Path(cache_dir)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "pliant"
-
-
-def read_json(path: Path, origin: str) -> dict[str, Any]:
-    """The object in a JSON file; SourceError where it is none or far too large."""
-    try:
-        size = path.stat().st_size
-        if size > _MAX_JSON:
-            raise SourceError(f"{origin}: {path.name} has {size} bytes; {_MAX_JSON} is the most.")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise SourceError(f"{origin}: {path.name} cannot be read ({error.strerror}).") from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{origin}: {path.name} is not valid JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise SourceError(f"{origin}: {path.name} holds no JSON object.")
-    return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` as JSON that reads well and is the same for equal values."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -64,14 +64,8 @@ class GgufSource(Source):
     """The model in `path`; of a split file any part may be given."""
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        origin: str | None = None,
-        name: str | None = None,
-        license_id: str | None = None,
+        self, path: Path, *, origin: str, name: str | None = None, license_id: str | None = None
     ) -> None:
-        origin = origin if origin is not None else str(path)
         files = _open_all(path, origin)
         self._metadata = files[0].metadata
         stored: dict[str, tuple[GgufFile, GgufTensor]] = {}

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from pliant.errors import SourceError
+from pliant.pack.json_files import read_json
 from pliant.pack.tokenizer_files import copy_tokenizer_files
 
-from .base import Source, read_json
+from .base import Source
 from .config import generation_config, normal_config, unwrap_text_config
 from .safetensors_file import SafetensorsFile
 
@@ -42,14 +43,8 @@ class HfSource(Source):
     """The model in a directory that `save_pretrained` wrote, or that a hub holds."""
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        origin: str | None = None,
-        name: str | None = None,
-        license_id: str | None = None,
+        self, path: Path, *, origin: str, name: str | None = None, license_id: str | None = None
     ) -> None:
-        origin = origin if origin is not None else str(path)
         self.path = path
         raw, wrapped = unwrap_text_config(read_json(path / "config.json", origin))
         config = normal_config(raw, origin)

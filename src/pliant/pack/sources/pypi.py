@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pliant.errors import SourceError
+from pliant.pack.json_files import read_json
 
 from .archive import Archive, extract_model, find_model, is_archive
-from .base import Progress, Source, cache_root, read_json
+from .base import Progress, Source, cache_root
 from .gguf import GgufSource
 from .hf import HfSource
 
