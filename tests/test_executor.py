@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -270,6 +271,31 @@ def test_a_step_that_cannot_be_made_changes_nothing(pack: Pack) -> None:
     assert executor.length(a) == 5
     with pytest.raises(UsageError, match="cannot truncate"):
         executor.truncate(a, 6)
+
+
+def test_a_step_that_is_given_up_changes_nothing(pack: Pack) -> None:
+    executor, ids = build(pack), some_ids(pack.manifest.model.vocab, 300)
+    want = run(executor, ids)
+    a, b = executor.open_sequence(), executor.open_sequence()
+    first = executor.step([a], [100], np.array(ids[:100], np.int32), [2])
+    executor.hurry(True)
+    both = np.array(ids[100:] + ids[:7], np.int32)
+    assert executor.step([a, b], [200, 7], both, [2, 1], whole=False) is None
+    assert executor.states([b], [7], np.array(ids[:7], np.int32), whole=False) is None
+    assert (executor.length(a), executor.length(b), executor.kv_pages_used) == (100, 0, 4)
+    rest = executor.step([a], [100], np.array(ids[100:200], np.int32), [2])  # this one is whole
+    # In the middle, wherever that is: it has an effect or none.
+    for delay in (0.0, 0.0002, 0.001, 0.005):
+        executor.hurry(False)
+        hurry = threading.Timer(delay, executor.hurry, (True,))
+        hurry.start()
+        last = executor.step([a], [100], np.array(ids[200:], np.int32), [2], whole=False)
+        hurry.join()
+        assert executor.length(a) == (200 if last is None else 300)
+        if last is None:
+            last = executor.step([a], [100], np.array(ids[200:], np.int32), [2])
+        assert np.array_equal(np.concatenate((first, rest, last)), want)
+        executor.truncate(a, 200)
 
 
 @pytest.mark.parametrize("window", [0, 40, 700])

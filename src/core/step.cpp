@@ -8,18 +8,19 @@
 
 namespace pliant {
 
-void Executor::step(const std::vector<Piece>& pieces, const int32_t* tokens, float* logits,
-                    float* states) {
+bool Executor::step(const std::vector<Piece>& pieces, const int32_t* tokens, float* logits,
+                    float* states, bool whole) {
     if (!buffers_) throw EngineError("the executor is not finished");
     int pages = 0;
     size_t at = 0;
-    std::vector<int> seen;
+    std::vector<int> seen, lengths;
     for (const Piece& piece : pieces) {
         if (piece.count < 1) throw UsageError("a sequence must add at least one token to a step");
         if (std::find(seen.begin(), seen.end(), piece.sequence) != seen.end())
             throw UsageError("a sequence is in a step twice");
         seen.push_back(piece.sequence);
         const int length = kv.length(piece.sequence);
+        lengths.push_back(length);
         if (piece.count > model_.context - length)
             throw EngineError("sequence " + std::to_string(piece.sequence) + " has " +
                               std::to_string(length) + " tokens and cannot take " +
@@ -38,24 +39,32 @@ void Executor::step(const std::vector<Piece>& pieces, const int32_t* tokens, flo
                           " are free: close a sequence or give more memory to the context");
 
     std::vector<ChunkToken> chunk;
+    const auto done = [&] {
+        const bool ended = Forward(*this, chunk, logits, states, whole).run();
+        chunk.clear();
+        return ended;
+    };
     at = 0;
     int row = 0;
-    for (const Piece& piece : pieces) {
-        const int begin = kv.length(piece.sequence);
+    bool ended = true;
+    size_t begun = 0;
+    for (; begun < pieces.size() && ended; ++begun) {
+        const Piece& piece = pieces[begun];
+        const int begin = lengths[begun];
         kv.extend(piece.sequence, piece.count);
-        for (int i = 0; i < piece.count; ++i, ++at) {
+        for (int i = 0; i < piece.count && ended; ++i, ++at) {
             ChunkToken token{tokens[at], piece.sequence, begin + i, -1, -1};
             if (piece.want == Want::kAll || (piece.want == Want::kLast && i + 1 == piece.count))
                 token.logits = row++;
             if (piece.want == Want::kStates) token.state = static_cast<int>(at);
             chunk.push_back(token);
-            if (static_cast<int>(chunk.size()) == chunk_) {
-                Forward(*this, chunk, logits, states).run();
-                chunk.clear();
-            }
+            if (static_cast<int>(chunk.size()) == chunk_) ended = done();
         }
     }
-    if (!chunk.empty()) Forward(*this, chunk, logits, states).run();
+    if (ended && !chunk.empty()) ended = done();
+    if (!ended)
+        for (size_t i = 0; i < begun; ++i) kv.truncate(pieces[i].sequence, lengths[i]);
+    return ended;
 }
 
 }  // namespace pliant

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from pliant.engine.reporting import make_report
 from pliant.engine.sampling import Sampling, new_seed
 from pliant.engine.seam import Executor, Floats, Tokenizer
 from pliant.engine.session import Session
-from pliant.engine.turns import Turns
+from pliant.engine.turns import StepGivenUp, Turns
 from pliant.errors import BudgetError, EngineError, UsageError
 from pliant.memory.governor import Governor
 from pliant.memory.ledger import Audit, Ledger
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from pliant.store import Pack
 
 __all__ = ["Model"]
+
+_LOSS = 0.1
+"""Seconds of steps in a row that changes of the budget may cost; then one goes to its end."""
 
 
 class Model:
@@ -67,7 +71,8 @@ class Model:
         """The answer that ended last."""
         self._executor = executor
         self._sizes = sizes
-        self._turns = Turns()
+        self._turns = Turns(executor.hurry)
+        self._lost = 0.0  # seconds of steps that were given up since one was not
         self._line = Line()
         self._holdings = Holdings(
             executor,
@@ -464,8 +469,9 @@ class Model:
         want: Sequence[int] | None,
     ) -> tuple[Floats, Depth]:
         """One step with a turn of its own; the rest as `_step_in_turn`."""
-        with self._turns:
-            return self._step_in_turn(sequences, counts, tokens, want)
+        while True:
+            with suppress(StepGivenUp), self._turns:
+                return self._step_in_turn(sequences, counts, tokens, want)
 
     def _step_in_turn(
         self,
@@ -474,16 +480,21 @@ class Model:
         tokens: npt.NDArray[np.int32],
         want: Sequence[int] | None,
     ) -> tuple[Floats, Depth]:
-        """One step, and the depth it was made with. EngineError, and no change, without room.
+        """One step, and the depth it was made with. EngineError, and no change, without room;
+        StepGivenUp, and no change, if the budget is to move: then leave the turn, and try again.
 
         `want` None: hidden states of all tokens instead of logits.
         """
-        cache = self._cache
+        cache, whole, begin = self._cache, self._lost > _LOSS, time.perf_counter()
         cache.prepare(sequences, counts)
         if want is None:
-            rows = self._executor.states(sequences, counts, tokens)
+            rows = self._executor.states(sequences, counts, tokens, whole=whole)
         else:
-            rows = self._executor.step(sequences, counts, tokens, list(want))
+            rows = self._executor.step(sequences, counts, tokens, list(want), whole=whole)
+        if rows is None:
+            self._lost += time.perf_counter() - begin
+            raise StepGivenUp
+        self._lost = 0.0
         cache.stepped(sequences, counts)
         self._line.progress += 1
         return rows, self._holdings.weights.depth
