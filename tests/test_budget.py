@@ -561,6 +561,30 @@ def test_eight_answers_go_on_while_the_budget_walks(pack: Path) -> None:
         assert np.array_equal(fresh.logits([1, 2, 3, 4, 5]), logits)
 
 
+def test_steps_that_are_made_again_change_no_token(pack: Path) -> None:
+    prompt = np.random.default_rng(2).integers(0, 256, 400).tolist()
+    with pliant.load(pack) as model:
+
+        def answer() -> list[int]:
+            generation = model.generate(prompt, max_tokens=60, ignore_eos=True)
+            list(generation)
+            return generation.result.tokens
+
+        alone, weights, done = answer(), model.depth.weights, threading.Event()
+
+        def change() -> None:
+            while not done.is_set():
+                model.move(weights=weights)  # to where it is: steps give way all the same
+
+        mover = threading.Thread(target=change)
+        mover.start()
+        try:
+            assert answer() == alone
+        finally:
+            done.set()
+            mover.join()
+
+
 def test_shards_that_are_replaced_or_gone_are_named(pack: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -37,8 +37,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Model"]
 
-_LOSS = 0.1
-"""Seconds of steps in a row that changes of the budget may cost; then one goes to its end."""
+_LOST, _LOSS = 8, 0.25
+"""Steps in a row, and their seconds, that changes of the budget may cost; then one is whole."""
+
+
+def _nobody(on: bool) -> None:
+    """There is nobody left who could hurry."""
 
 
 class Model:
@@ -72,7 +76,7 @@ class Model:
         self._executor = executor
         self._sizes = sizes
         self._turns = Turns(executor.hurry)
-        self._lost = 0.0  # seconds of steps that were given up since one was not
+        self._lost, self._loss = 0, 0.0  # steps that were given up since one was not; seconds
         self._line = Line()
         self._holdings = Holdings(
             executor,
@@ -115,6 +119,7 @@ class Model:
             self._stop_governor()
         self._holdings.close()
         with self._turns:
+            self._turns.hurry = _nobody
             del self._holdings, self._executor  # the last references, so the memory goes
         self._line.wake()
 
@@ -485,16 +490,18 @@ class Model:
 
         `want` None: hidden states of all tokens instead of logits.
         """
-        cache, whole, begin = self._cache, self._lost > _LOSS, time.perf_counter()
+        cache, begin = self._cache, time.perf_counter()
+        whole = self._lost >= _LOST or self._loss >= _LOSS
         cache.prepare(sequences, counts)
         if want is None:
             rows = self._executor.states(sequences, counts, tokens, whole=whole)
         else:
             rows = self._executor.step(sequences, counts, tokens, list(want), whole=whole)
         if rows is None:
-            self._lost += time.perf_counter() - begin
+            self._lost += 1
+            self._loss += time.perf_counter() - begin
             raise StepGivenUp
-        self._lost = 0.0
+        self._lost, self._loss = 0, 0.0
         cache.stepped(sequences, counts)
         self._line.progress += 1
         return rows, self._holdings.weights.depth

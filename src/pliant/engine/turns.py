@@ -21,19 +21,21 @@ class StepGivenUp(Exception):
 
 
 class Turns:
-    """Mutual exclusion, first come, first served; not reentrant. Use it as a context manager."""
+    """Mutual exclusion, first come, first served; not reentrant. Use it as a context manager.
 
-    __slots__ = ("_ahead", "_guard", "_hurried", "_hurry", "_taken", "_waiting")
+    hurry: called with True when somebody in a hurry begins to wait, and with False when nobody does
+           any more; from any thread
+    """
 
-    def __init__(self, hurry: Callable[[bool], None] = lambda on: None) -> None:
-        """`hurry` is called with True when somebody in a hurry begins to wait, and with False when
-        nobody does any more; in any thread, and quickly."""
+    __slots__ = ("_ahead", "_guard", "_hurried", "_taken", "_waiting", "hurry")
+
+    def __init__(self, hurry: Callable[[bool], None]) -> None:
+        self.hurry = hurry
         self._guard = threading.Lock()
         self._taken = False
         self._ahead: deque[threading.Lock] = deque()
         self._waiting: deque[threading.Lock] = deque()
         self._hurried: set[threading.Lock] = set()
-        self._hurry = hurry
 
     @property
     def taken(self) -> bool:
@@ -63,7 +65,7 @@ class Turns:
             line.append(mine)
             if hurry:
                 self._hurried.add(mine)
-                self._hurry(True)
+                self.hurry(True)
         try:
             mine.acquire()  # until the one before hands over
         except BaseException:  # Ctrl-C while waiting
@@ -98,4 +100,4 @@ class Turns:
         if one in self._hurried:
             self._hurried.remove(one)
             if not self._hurried:
-                self._hurry(False)
+                self.hurry(False)
