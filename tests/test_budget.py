@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 import pliant
 from fakes import executor_of, fake_model
 from pliant.engine import line as line_module
+from pliant.engine import model as model_module
 from pliant.engine.build import RungFiles
 from pliant.engine.cache import Cache
+from pliant.engine.control import BudgetControl
 from pliant.engine.parking import Parked
 from pliant.engine.turns import Turns
 from pliant.errors import BudgetError, ChecksumError, EngineError, PackError
@@ -175,6 +177,26 @@ def test_a_change_does_not_wait_for_the_end_of_a_step() -> None:
     assert executor.given_up == 1
     assert executor.sequences[session.sequence] == [1, 2, 3]
     assert executor.steps == [(3, model.depth.rungs)]
+
+
+def test_the_answer_to_a_request_does_not_wait_for_a_step_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_module, "_LOSS", 1e9)  # time decides nothing here
+    model = fake_model(memory=FIXED + 120_000)
+    executor = executor_of(model)
+    executor.step_seconds = 1000.0
+    session = model.session()
+    thread = threading.Thread(target=session.feed, args=([1, 2, 3],))
+    thread.start()
+    wait_for(lambda: executor.busy)
+    state = BudgetControl(model).put({"memory": FIXED + 30_000})
+    assert state["memory"] == FIXED + 30_000
+    executor.step_seconds = 0.0
+    model.report(hurry=True)
+    thread.join(20)
+    assert executor.sequences[session.sequence] == [1, 2, 3]
+    assert executor.given_up >= 1
 
 
 def test_steps_are_not_given_up_for_ever() -> None:

@@ -417,9 +417,13 @@ class Model:
         self._check_open()
         return self._holdings.least()
 
-    def report(self) -> Report:
-        """What the process holds, and with what quality it answers."""
-        with self._turns:
+    def report(self, *, hurry: bool = False) -> Report:
+        """What the process holds, and with what quality it answers.
+
+        That is known between two steps. `hurry`: a step in progress is made again afterwards,
+        instead of being waited for.
+        """
+        with self._turns.next(hurry=hurry):
             self._check_open()
             self._refresh()
             return make_report(self.pack, self._executor, self._holdings)
