@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <mutex>
 #include <numeric>
 #include <system_error>
@@ -58,6 +59,30 @@ bool is_cached(int fd, uint64_t offset, uint64_t bytes) {
     return found[0] * kPage * 2 > bytes;
 }
 
+// How long this thread has waited for a processor.
+class RunQueue {
+  public:
+    RunQueue() : fd_(open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC)) {}
+    ~RunQueue() {
+        if (fd_ >= 0) close(fd_);
+    }
+    RunQueue(const RunQueue&) = delete;
+    RunQueue& operator=(const RunQueue&) = delete;
+    // Always 0 where the kernel does not say.
+    double seconds() const {
+        char text[96];
+        const ssize_t got = fd_ < 0 ? 0 : pread(fd_, text, sizeof text - 1, 0);
+        text[std::max<ssize_t>(got, 0)] = 0;
+        long long ran = 0, waited = 0;
+        return std::sscanf(text, "%lld %lld", &ran, &waited) == 2
+                   ? 1e-9 * static_cast<double>(waited)
+                   : 0.0;
+    }
+
+  private:
+    int fd_;
+};
+
 // Keeps a thread from computing for more than a share of the time.
 class Pace {
   public:
@@ -73,13 +98,14 @@ class Pace {
         began_ = Clock::now();
     }
     // Takes memory for what will be written. In a virtual machine the host may have to find it
-    // first: the processor stands still meanwhile, and no clock of a thread counts that.
+    // first: the processor stands still meanwhile, and the clock of the thread does not count that.
     void populate(uint8_t* to, uint64_t bytes) {
         const auto began = Clock::now();
-        const double busy = processor_seconds();
+        const double known = processor_seconds() + waiting_.seconds();
         constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, since Linux 5.14
         (void)madvise(to, bytes, kPopulateWrite);
-        hidden_ += std::max(since(began) - (processor_seconds() - busy), 0.0);
+        const double rest = since(began) - (processor_seconds() + waiting_.seconds() - known);
+        hidden_ += std::max(rest, 0.0);
     }
 
   private:
@@ -92,6 +118,7 @@ class Pace {
         clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
         return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
     }
+    const RunQueue waiting_;
     double share_, hidden_ = 0, busy_ = processor_seconds();
     Clock::time_point began_ = Clock::now();
 };
