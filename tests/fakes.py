@@ -51,6 +51,9 @@ class FakeExecutor:
         self.read_seconds = 0.0
         self.step_seconds = 0.0
         self.newest = 0
+        self.hurried = False
+        self.given_up = 0
+        self.after_giving_up: float | None = None  # seconds of a step from then on
         self._busy = threading.Lock()
         self._reading = threading.Lock()
         self._end = threading.Lock()
@@ -108,6 +111,10 @@ class FakeExecutor:
             assert 0 <= rungs <= self.read
             self.resident_rungs = self.read = rungs
 
+    @property
+    def busy(self) -> bool:
+        return self._busy.locked()
+
     def depths(self) -> npt.NDArray[np.uint8]:
         return np.array([self.resident_rungs % 9], np.uint8)
 
@@ -159,9 +166,18 @@ class FakeExecutor:
         counts: list[int],
         tokens: npt.NDArray[np.int32],
         want: list[int],
-    ) -> npt.NDArray[np.float32]:
+        *,
+        whole: bool = True,
+    ) -> npt.NDArray[np.float32] | None:
         with self._alone():
-            time.sleep(self.step_seconds)
+            begin = time.monotonic()
+            while (left := begin + self.step_seconds - time.monotonic()) > 0:
+                if self.hurried and not whole:
+                    self.given_up += 1
+                    if self.after_giving_up is not None:
+                        self.step_seconds = self.after_giving_up
+                    return None
+                time.sleep(min(left, 0.001))
             assert tokens.dtype == np.int32
             assert len(tokens) == sum(counts)
             rows, at = [], 0
@@ -178,10 +194,18 @@ class FakeExecutor:
             return np.array(rows, np.float32).reshape(-1, VOCAB)
 
     def states(
-        self, seqs: list[int], counts: list[int], tokens: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.float32]:
-        rows = self.step(seqs, counts, tokens, [2] * len(seqs))
-        return rows[:, :2]
+        self,
+        seqs: list[int],
+        counts: list[int],
+        tokens: npt.NDArray[np.int32],
+        *,
+        whole: bool = True,
+    ) -> npt.NDArray[np.float32] | None:
+        rows = self.step(seqs, counts, tokens, [2] * len(seqs), whole=whole)
+        return None if rows is None else rows[:, :2]
+
+    def hurry(self, on: bool) -> None:
+        self.hurried = on
 
     def memory(self) -> dict[str, int]:
         return {"weights": self.arena_bytes, "kv": self.kv_pages_used * KV_PAGE, "base": 0}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,12 @@ from hypothesis import strategies as st
 import pliant
 from fakes import executor_of, fake_model
 from pliant.engine import line as line_module
+from pliant.engine import model as model_module
+from pliant.engine.build import RungFiles
 from pliant.engine.cache import Cache
+from pliant.engine.control import BudgetControl
 from pliant.engine.parking import Parked
+from pliant.engine.turns import Turns
 from pliant.errors import BudgetError, ChecksumError, EngineError, PackError
 from tiny import write_tiny_pack
 
@@ -144,6 +151,119 @@ def test_closing_ends_a_growth() -> None:
     change = model.move(memory=FIXED + 120_000)
     model.close()
     assert change.done or change.wait(20) is False
+
+
+# --- a step in progress
+
+
+def test_a_change_does_not_wait_for_the_end_of_a_step() -> None:
+    model = fake_model(memory=FIXED + 120_000)
+    executor, ended = executor_of(model), threading.Event()
+    executor.step_seconds = 1000.0  # a prompt of a large model
+    session = model.session()
+
+    def read() -> None:
+        session.feed([1, 2, 3])
+        ended.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    wait_for(lambda: executor.busy)
+    executor.after_giving_up = 0.0
+    model.budget = FIXED + 30_000
+    assert model.depth.rungs == executor.resident_rungs
+    thread.join(20)
+    assert ended.is_set()
+    assert executor.given_up == 1
+    assert executor.sequences[session.sequence] == [1, 2, 3]
+    assert executor.steps == [(3, model.depth.rungs)]
+
+
+def test_the_answer_to_a_request_does_not_wait_for_a_step_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_module, "_LOSS", 1e9)  # time decides nothing here
+    model = fake_model(memory=FIXED + 120_000)
+    executor = executor_of(model)
+    executor.step_seconds = 1000.0
+    session = model.session()
+    thread = threading.Thread(target=session.feed, args=([1, 2, 3],))
+    thread.start()
+    wait_for(lambda: executor.busy)
+    state = BudgetControl(model).put({"memory": FIXED + 30_000})
+    assert state["memory"] == FIXED + 30_000
+    executor.step_seconds = 0.0
+    model.report(hurry=True)
+    thread.join(20)
+    assert executor.sequences[session.sequence] == [1, 2, 3]
+    assert executor.given_up >= 1
+
+
+def test_steps_are_not_given_up_for_ever() -> None:
+    model = fake_model()
+    executor = executor_of(model)
+    executor.step_seconds = 0.01
+    executor.hurried = True  # as if one change came after the other
+    session = model.session()
+    for token in range(3):
+        session.feed([token])
+    assert executor.given_up >= 3
+    assert executor.sequences[session.sequence] == [0, 1, 2]
+
+
+def test_turns_go_to_those_ahead_first_and_in_their_order() -> None:
+    hurries: list[bool] = []
+    turns, order, threads = Turns(hurries.append), list[str](), list[threading.Thread]()
+
+    def take(name: str, turn: Callable[[], AbstractContextManager[object]]) -> None:
+        with turn():
+            order.append(name)
+
+    def wait(name: str, turn: Callable[[], AbstractContextManager[object]]) -> None:
+        before = len(turns._waiting) + len(turns._ahead)
+        threads.append(threading.Thread(target=take, args=(name, turn)))
+        threads[-1].start()
+        wait_for(lambda: len(turns._waiting) + len(turns._ahead) > before)
+
+    with turns:
+        wait("one", lambda: turns)
+        wait("two", lambda: turns)
+        wait("first", turns.next)
+        assert hurries == []
+        wait("second", lambda: turns.next(hurry=True))
+        wait("third", lambda: turns.next(hurry=True))
+        assert hurries == [True, True]
+    for thread in threads:
+        thread.join(20)
+    assert order == ["first", "second", "third", "one", "two"]
+    assert hurries == [True, True, False]
+    assert not turns.taken
+    with turns.next(hurry=True):  # nobody is there who could
+        assert hurries == [True, True, False]
+
+
+def test_a_signal_while_it_waits_in_a_hurry_leaves_nobody_in_one() -> None:
+    hurries: list[bool] = []
+    turns, leave = Turns(hurries.append), threading.Event()
+
+    def hold() -> None:
+        with turns:
+            leave.wait(20)
+
+    def interrupt() -> None:
+        wait_for(lambda: hurries == [True])
+        signal.raise_signal(signal.SIGINT)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    wait_for(lambda: turns.taken)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt), turns.next(hurry=True):
+        raise AssertionError
+    assert hurries == [True, False]
+    leave.set()
+    holder.join(20)
+    assert not turns.taken
 
 
 # --- the order under a shrink
@@ -463,6 +583,30 @@ def test_eight_answers_go_on_while_the_budget_walks(pack: Path) -> None:
         assert np.array_equal(fresh.logits([1, 2, 3, 4, 5]), logits)
 
 
+def test_steps_that_are_made_again_change_no_token(pack: Path) -> None:
+    prompt = np.random.default_rng(2).integers(0, 256, 400).tolist()
+    with pliant.load(pack) as model:
+
+        def answer() -> list[int]:
+            generation = model.generate(prompt, max_tokens=60, ignore_eos=True)
+            list(generation)
+            return generation.result.tokens
+
+        alone, weights, done = answer(), model.depth.weights, threading.Event()
+
+        def change() -> None:
+            while not done.is_set():
+                model.move(weights=weights)  # to where it is: steps give way all the same
+
+        mover = threading.Thread(target=change)
+        mover.start()
+        try:
+            assert answer() == alone
+        finally:
+            done.set()
+            mover.join()
+
+
 def test_shards_that_are_replaced_or_gone_are_named(pack: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -489,6 +633,56 @@ def test_shards_that_are_replaced_or_gone_are_named(pack: Path, tmp_path: Path) 
         assert model.depth == depth
         assert np.array_equal(model.logits([1, 2, 3]), before)
         assert model.plan.rungs == depth.rungs
+
+
+def test_a_disk_that_fails_leaves_the_old_state(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pliant.load(pack, weights="80KB") as model:
+        before, depth = model.logits([1, 2, 3]), model.depth
+        folder = os.open(tmp_path, os.O_RDONLY)
+        location = RungFiles.location
+        # Reading from a folder is an error of the kernel, as that of a disk is.
+        monkeypatch.setattr(
+            RungFiles, "location", lambda files, rung: (folder, *location(files, rung)[1:])
+        )
+        change = model.move()
+        with pytest.raises(OSError, match=r"reading rung \d+: Is a directory"):
+            change.wait(20)
+        os.close(folder)
+        monkeypatch.undo()
+        assert model.depth == depth
+        assert np.array_equal(model.logits([1, 2, 3]), before)
+        assert model.move().wait(20)
+        assert model.depth.rungs > depth.rungs
+
+
+def test_killing_it_anywhere_harms_no_pack(tmp_path: Path) -> None:
+    path = write_tiny_pack(tmp_path / "pack", least=1, hidden=256, ffn=512, shard_bytes=200_000)
+    files = sorted(file for file in path.iterdir())
+    before = [file.read_bytes() for file in files]
+    walk = (
+        "import sys, random, pliant\n"
+        "with pliant.load(sys.argv[1]) as model:\n"
+        "    most, least = model.plan.weights, model.least_plan().weights\n"
+        "    print('begun', flush=True)\n"
+        "    while True:\n"
+        "        model.move(weights=random.randint(least, most))\n"
+    )
+    for milliseconds in (0, 3, 20, 70):
+        process = subprocess.Popen(
+            [sys.executable, "-c", walk, str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(milliseconds / 1000)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        assert sorted(path.iterdir()) == files
+        assert [file.read_bytes() for file in files] == before
+    with pliant.load(path) as model:
+        assert model.depth.rungs == model.pack.rungs_available
 
 
 def test_closing_gives_the_rungs_back_at_once(tmp_path: Path) -> None:

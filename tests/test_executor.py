@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -270,6 +272,72 @@ def test_a_step_that_cannot_be_made_changes_nothing(pack: Pack) -> None:
     assert executor.length(a) == 5
     with pytest.raises(UsageError, match="cannot truncate"):
         executor.truncate(a, 6)
+
+
+def test_a_step_that_is_given_up_changes_nothing(pack: Pack) -> None:
+    executor, ids = build(pack), some_ids(pack.manifest.model.vocab, 300)
+    want = run(executor, ids)
+    a, b = executor.open_sequence(), executor.open_sequence()
+    first = executor.step([a], [100], np.array(ids[:100], np.int32), [2])
+    executor.hurry(True)
+    both = np.array(ids[100:] + ids[:7], np.int32)
+    assert executor.step([a, b], [200, 7], both, [2, 1], whole=False) is None
+    assert executor.states([b], [7], np.array(ids[:7], np.int32), whole=False) is None
+    assert (executor.length(a), executor.length(b), executor.kv_pages_used) == (100, 0, 4)
+    rest = executor.step([a], [100], np.array(ids[100:200], np.int32), [2])  # this one is whole
+    # In the middle, wherever that is: it has an effect or none.
+    for delay in (0.0, 0.0002, 0.001, 0.005):
+        executor.hurry(False)
+        hurry = threading.Timer(delay, executor.hurry, (True,))
+        hurry.start()
+        last = executor.step([a], [100], np.array(ids[200:], np.int32), [2], whole=False)
+        hurry.join()
+        assert executor.length(a) == (200 if last is None else 300)
+        if last is None:
+            last = executor.step([a], [100], np.array(ids[200:], np.int32), [2])
+        assert np.array_equal(np.concatenate((first, rest, last)), want)
+        executor.truncate(a, 200)
+
+
+def test_reads_that_are_overtaken_leave_whole_rungs(tmp_path: Path) -> None:
+    pack = Pack.open(
+        write_random_pack(tmp_path / "pack", least=8, hidden=256, ffn=512, rung_bytes=16_384)
+    )
+    executor, ids = build(pack), some_ids(160, 3)
+    rungs, sizes = executor.rungs, [0, *np.cumsum(pack.manifest.rungs.bytes).tolist()]
+    known: dict[int, Logits] = {}
+    rng = np.random.default_rng(3)
+    wheres = [pack.rung_location(rung) for rung in range(rungs)]
+    files = {path: path.open("rb") for path in {where.path for where in wheres}}
+    places = [(files[w.path].fileno(), w.offset, w.bytes, w.crc32) for w in wheres]
+    answers = []
+    for turn in range(1, 60):
+        at = int(rng.integers(0, rungs))
+        executor.publish(min(at, executor.read_rungs_count))
+        at = executor.read_rungs_count
+        reader = threading.Thread(
+            target=lambda at=at, turn=turn: answers.append(
+                executor.read_rungs(places[at:], first=at, ticket=2 * turn, threads=3)
+            )
+        )
+        reader.start()
+        time.sleep(float(rng.exponential(0.001)))
+        executor.overtake(2 * turn + 1)
+        cut = int(rng.integers(0, rungs))
+        if turn % 3 == 0:
+            executor.discard(cut)
+        elif turn % 3 == 1:
+            executor.publish(min(cut, executor.resident_rungs))
+        reader.join()
+        count = executor.read_rungs_count
+        assert executor.arena_bytes == sizes[count]
+        executor.publish(count)
+        if count not in known:
+            known[count] = run(build(pack, rungs=count), ids)
+        assert np.array_equal(run(executor, ids), known[count])
+    assert len(known) > 5
+    for file in files.values():
+        file.close()
 
 
 @pytest.mark.parametrize("window", [0, 40, 700])

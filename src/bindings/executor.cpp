@@ -114,28 +114,32 @@ std::unique_ptr<float[]> room(size_t rows, int columns) {
 
 nb::object step_logits(Executor& self, const std::vector<int>& sequences,
                        const std::vector<int>& counts, const Array1<int32_t>& tokens,
-                       const std::vector<int>& want) {
+                       const std::vector<int>& want, bool whole) {
     const std::vector<Piece> pieces = pieces_from(sequences, counts, want, tokens);
     const size_t rows = Executor::logit_rows(pieces);
     std::unique_ptr<float[]> logits = room(rows, self.model().vocab);
+    bool ended;
     {
         nb::gil_scoped_release release;
-        self.step(pieces, tokens.data(), logits.get(), nullptr);
+        ended = self.step(pieces, tokens.data(), logits.get(), nullptr, whole);
     }
+    if (!ended) return nb::none();
     return as_array(std::move(logits), rows, static_cast<size_t>(self.model().vocab));
 }
 
 nb::object step_states(Executor& self, const std::vector<int>& sequences,
-                       const std::vector<int>& counts, const Array1<int32_t>& tokens) {
+                       const std::vector<int>& counts, const Array1<int32_t>& tokens, bool whole) {
     std::vector<Piece> pieces =
         pieces_from(sequences, counts, std::vector<int>(counts.size(), 0), tokens);
     for (Piece& piece : pieces) piece.want = Want::kStates;
     const size_t rows = tokens.shape(0);
     std::unique_ptr<float[]> states = room(rows, self.model().hidden);
+    bool ended;
     {
         nb::gil_scoped_release release;
-        self.step(pieces, tokens.data(), nullptr, states.get());
+        ended = self.step(pieces, tokens.data(), nullptr, states.get(), whole);
     }
+    if (!ended) return nb::none();
     return as_array(std::move(states), rows, static_cast<size_t>(self.model().hidden));
 }
 
@@ -313,7 +317,9 @@ void init_executor(nb::module_& module) {
             "drop_pages",
             [](Executor& self, const std::vector<int>& pages) { self.kv.drop(pages); },
             nb::arg("pages"))
-        .def("trim_kv", [](Executor& self) { return self.kv.trim(); })
+        .def(
+            "trim_kv", [](Executor& self) { return self.kv.trim(); },
+            nb::call_guard<nb::gil_scoped_release>())
         .def(
             "page_form",
             [](const Executor& self, int sequence, int page) {
@@ -344,8 +350,10 @@ void init_executor(nb::module_& module) {
             },
             nb::arg("seq"), nb::arg("tokens"), nb::arg("from_"), nb::arg("rungs") = 0)
         .def("step", &step_logits, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"),
-             nb::arg("want"))
-        .def("states", &step_states, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"))
+             nb::arg("want"), nb::kw_only(), nb::arg("whole") = true)
+        .def("states", &step_states, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"),
+             nb::kw_only(), nb::arg("whole") = true)
+        .def("hurry", &Executor::hurry, nb::arg("on"))
         .def_prop_ro("isa", &Executor::isa)
         .def_prop_ro("threads", &Executor::threads)
         .def("memory", [](const Executor& self) {

@@ -1,6 +1,7 @@
 // The decoder: computes steps for any mix of prompt pieces and single tokens of several sequences.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -64,9 +65,13 @@ class Executor {
     // Appends the tokens of the pieces, one after the other in `tokens`, and writes the wanted
     // logits, [rows][vocab], and the wanted states to the rows of their tokens, [tokens][hidden]. A
     // sequence gets the same bits whatever else is in the step, however it is cut into steps, with
-    // any threads. Throws EngineError or UsageError before anything has changed.
-    void step(const std::vector<Piece>& pieces, const int32_t* tokens, float* logits,
-              float* states);
+    // any threads. False: it was given up, since somebody is in a hurry and it need not be `whole`;
+    // nothing has changed then, apart from what the results hold. Throws EngineError or UsageError
+    // before anything has changed.
+    bool step(const std::vector<Piece>& pieces, const int32_t* tokens, float* logits, float* states,
+              bool whole = true);
+    // Whether steps that need not be whole end soon, without effect; from any thread.
+    void hurry(bool on) { hurry_.store(on, std::memory_order_relaxed); }
     // Rows of logits that a step with these pieces gives.
     static size_t logit_rows(const std::vector<Piece>& pieces);
 
@@ -84,6 +89,7 @@ class Executor {
     const Kernels* kernels_;
     ThreadPool pool_;
     int chunk_;
+    std::atomic<bool> hurry_{false};
     Linear embed_, head_;
     std::vector<Layer> layers_;
     std::vector<float> final_norm_;

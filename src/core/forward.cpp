@@ -24,7 +24,7 @@ auto& at(T& items, int index) {
 }  // namespace
 
 Forward::Forward(Executor& executor, const std::vector<ChunkToken>& chunk, float* logits,
-                 float* states)
+                 float* states, bool whole)
     : e_(executor),
       m_(executor.model_),
       kernels_(*executor.kernels_),
@@ -35,7 +35,8 @@ Forward::Forward(Executor& executor, const std::vector<ChunkToken>& chunk, float
       tokens_(static_cast<int>(chunk.size())),
       threads_(executor.pool_.size()),
       group_(m_.heads / m_.kv_heads),
-      alone_(tokens_ == 1) {
+      alone_(tokens_ == 1),
+      whole_(whole) {
     for (int t = 0; t < tokens_; ++t) {
         if (at(chunk_, t).logits >= 0) wanted_.push_back(t);
         if (at(chunk_, t).state >= 0) stated_.push_back(t);
@@ -80,19 +81,25 @@ void Forward::plan_attention() {
     std::reverse(tasks_.begin(), tasks_.end());
 }
 
-void Forward::run() {
+bool Forward::run() {
     for (Phase& phase : e_.phases_) phase.reset();
     e_.pool_.run([this](int self) { work(self); });
+    return ended_;
 }
 
 void Forward::work(int self) {
     Worker w{self, alone_ ? at(b_.own, self) : b_.input};
     phase(w, tokens_, [&](int t) { embed(t); });
+    // A thread that gives up leaves alone: whoever goes on does the tasks of all.
     for (int l = 0; l < m_.layers; ++l) {
+        if (given_up()) return;
         attention(w, l);
+        if (given_up()) return;
         feed_forward(w, l);
     }
+    if (given_up()) return;
     results(w);
+    if (self == 0) ended_ = true;
 }
 
 template <typename F>

@@ -20,9 +20,11 @@ struct ChunkToken {
 class Forward {
   public:
     // `logits` [rows][vocab] and `states` [rows][hidden] take what the tokens ask for. The room in
-    // the KV cache is there.
-    Forward(Executor& executor, const std::vector<ChunkToken>& chunk, float* logits, float* states);
-    void run();
+    // the KV cache is there. Unless it is to be `whole`, it may be given up (Executor::hurry).
+    Forward(Executor& executor, const std::vector<ChunkToken>& chunk, float* logits, float* states,
+            bool whole);
+    // False: it was given up.
+    bool run();
 
   private:
     using Norm = std::vector<float>;
@@ -50,6 +52,7 @@ class Forward {
     };
 
     void plan_attention();
+    bool given_up() const { return !whole_ && e_.hurry_.load(std::memory_order_relaxed); }
     void work(int self);
     template <typename F>
     void phase(Worker& w, int tasks, F&& task);
@@ -85,7 +88,9 @@ class Forward {
     const std::vector<ChunkToken>& chunk_;
     float *logits_, *states_;
     int tokens_, threads_, group_;
-    bool alone_;    // one token: every thread prepares inputs for itself
+    bool alone_;  // one token: every thread prepares inputs for itself
+    const bool whole_;
+    bool ended_ = false;
     bool singles_;  // every sequence has one token: who attends appends its keys and values
     std::vector<int> wanted_, stated_;  // tokens whose logits, or states, are asked for
     std::vector<AttentionTask> tasks_;

@@ -114,13 +114,13 @@ uint64_t KvCache::shallow(int page, int rungs) {
     return end - begin;
 }
 
-void KvCache::seal(int sequence) {
-    const Sequence& s = sequences_[static_cast<size_t>(sequence)];
+void KvCache::seal(int sequence, int first) {
     if (!ladder.present()) return;
-    for (int i = s.length / kPageTokens - 1; i >= 0; --i) {
+    const Sequence& s = sequences_[static_cast<size_t>(sequence)];
+    for (int i = first; i < s.length / kPageTokens; ++i) {
         const int page = s.pages[static_cast<size_t>(i)];
         const size_t at = static_cast<size_t>(page);
-        if (rungs_[at] > 0) return;  // and so are all before it
+        if (rungs_[at] > 0) continue;
         rungs_[at] = level_;
         touched_rungs_[at] = std::max(touched_rungs_[at], level_);
         shallow(page, level_);

@@ -55,8 +55,9 @@ class KvCache {
     // is left. Returns the bytes that the kernel got back.
     uint64_t shallow(int page, int rungs);
     uint8_t* slot(int page) const;
-    // Gives up the exact halves of the full pages of a sequence: they are coded.
-    void seal(int sequence);
+    // Gives up the exact halves of the full pages of a sequence, from page `first` on: they are
+    // coded. Nothing happens without a ladder.
+    void seal(int sequence, int first);
 
     // The halves of a page of one layer and KV head: K is [head_dim][kPageTokens], V
     // [kPageTokens][value_stride].

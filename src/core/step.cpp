@@ -8,18 +8,19 @@
 
 namespace pliant {
 
-void Executor::step(const std::vector<Piece>& pieces, const int32_t* tokens, float* logits,
-                    float* states) {
+bool Executor::step(const std::vector<Piece>& pieces, const int32_t* tokens, float* logits,
+                    float* states, bool whole) {
     if (!buffers_) throw EngineError("the executor is not finished");
     int pages = 0;
     size_t at = 0;
-    std::vector<int> seen;
+    std::vector<int> seen, lengths;
     for (const Piece& piece : pieces) {
         if (piece.count < 1) throw UsageError("a sequence must add at least one token to a step");
         if (std::find(seen.begin(), seen.end(), piece.sequence) != seen.end())
             throw UsageError("a sequence is in a step twice");
         seen.push_back(piece.sequence);
         const int length = kv.length(piece.sequence);
+        lengths.push_back(length);
         if (piece.count > model_.context - length)
             throw EngineError("sequence " + std::to_string(piece.sequence) + " has " +
                               std::to_string(length) + " tokens and cannot take " +
@@ -38,26 +39,38 @@ void Executor::step(const std::vector<Piece>& pieces, const int32_t* tokens, flo
                           " are free: close a sequence or give more memory to the context");
 
     std::vector<ChunkToken> chunk;
+    size_t begun = 0;
     const auto run = [&] {
-        Forward(*this, chunk, logits, states).run();
-        for (size_t i = 0; i < chunk.size(); ++i)
-            if (i == 0 || chunk[i].sequence != chunk[i - 1].sequence) kv.seal(chunk[i].sequence);
+        const bool ended = Forward(*this, chunk, logits, states, whole).run();
+        // The page that a sequence goes on in stays exact: the step may yet be given up.
+        for (size_t i = 0; ended && i < std::min(begun + 1, pieces.size()); ++i)
+            kv.seal(pieces[i].sequence, (lengths[i] + kPageTokens - 1) / kPageTokens);
         chunk.clear();
+        return ended;
     };
     at = 0;
     int row = 0;
-    for (const Piece& piece : pieces) {
-        for (int i = 0; i < piece.count; ++i, ++at) {
-            ChunkToken token{tokens[at], piece.sequence, kv.length(piece.sequence), -1, -1};
+    bool ended = true;
+    for (; begun < pieces.size() && ended; ++begun) {
+        const Piece& piece = pieces[begun];
+        for (int i = 0; i < piece.count && ended; ++i, ++at) {
+            ChunkToken token{tokens[at], piece.sequence, lengths[begun] + i, -1, -1};
             kv.extend(piece.sequence, 1);
             if (piece.want == Want::kAll || (piece.want == Want::kLast && i + 1 == piece.count))
                 token.logits = row++;
             if (piece.want == Want::kStates) token.state = static_cast<int>(at);
             chunk.push_back(token);
-            if (static_cast<int>(chunk.size()) == chunk_) run();
+            if (static_cast<int>(chunk.size()) == chunk_) ended = run();
         }
     }
-    if (!chunk.empty()) run();
+    if (ended && !chunk.empty()) ended = run();
+    for (size_t i = 0; i < begun; ++i) {
+        if (ended)
+            kv.seal(pieces[i].sequence, lengths[i] / kPageTokens);
+        else
+            kv.truncate(pieces[i].sequence, lengths[i]);
+    }
+    return ended;
 }
 
 }  // namespace pliant

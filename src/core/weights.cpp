@@ -1,6 +1,7 @@
 #include "weights.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -9,6 +10,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <mutex>
 #include <numeric>
 #include <system_error>
@@ -23,7 +25,9 @@ namespace {
 
 constexpr uint64_t kPage = 4096;
 
-constexpr uint64_t kChunk = uint64_t{1} << 20;  // read at once; between chunks a read may end
+// Read at once; between chunks a read may end. What is read beside a shrink may be in memory for a
+// moment after it, so this times the number of threads is kept small.
+constexpr uint64_t kChunk = uint64_t{1} << 20;
 
 // A second way to an open file that leaves the kernel's cache alone, or -1 if there is none.
 class DirectFile {
@@ -55,6 +59,30 @@ bool is_cached(int fd, uint64_t offset, uint64_t bytes) {
     return found[0] * kPage * 2 > bytes;
 }
 
+// How long this thread has waited for a processor.
+class RunQueue {
+  public:
+    RunQueue() : fd_(open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC)) {}
+    ~RunQueue() {
+        if (fd_ >= 0) close(fd_);
+    }
+    RunQueue(const RunQueue&) = delete;
+    RunQueue& operator=(const RunQueue&) = delete;
+    // Always 0 where the kernel does not say.
+    double seconds() const {
+        char text[96];
+        const ssize_t got = fd_ < 0 ? 0 : pread(fd_, text, sizeof text - 1, 0);
+        text[std::max<ssize_t>(got, 0)] = 0;
+        long long ran = 0, waited = 0;
+        return std::sscanf(text, "%lld %lld", &ran, &waited) == 2
+                   ? 1e-9 * static_cast<double>(waited)
+                   : 0.0;
+    }
+
+  private:
+    int fd_;
+};
+
 // Keeps a thread from computing for more than a share of the time.
 class Pace {
   public:
@@ -63,10 +91,21 @@ class Pace {
     void keep() {
         if (share_ >= 1.0) return;
         const double busy = processor_seconds() - busy_;
-        const double due = busy / share_ - since(began_);
+        const double due = (busy + hidden_) / share_ - since(began_);
         if (due > 0) std::this_thread::sleep_for(std::chrono::duration<double>(due));
         busy_ += busy;
+        hidden_ = 0;
         began_ = Clock::now();
+    }
+    // Takes memory for what will be written. In a virtual machine the host may have to find it
+    // first: the processor stands still meanwhile, and the clock of the thread does not count that.
+    void populate(uint8_t* to, uint64_t bytes) {
+        const auto began = Clock::now();
+        const double known = processor_seconds() + waiting_.seconds();
+        constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, since Linux 5.14
+        (void)madvise(to, bytes, kPopulateWrite);
+        const double rest = since(began) - (processor_seconds() + waiting_.seconds() - known);
+        hidden_ += std::max(rest, 0.0);
     }
 
   private:
@@ -79,22 +118,25 @@ class Pace {
         clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
         return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
     }
-    double share_, busy_ = processor_seconds();
+    const RunQueue waiting_;
+    double share_, hidden_ = 0, busy_ = processor_seconds();
     Clock::time_point began_ = Clock::now();
 };
 
-// Reads all of a rung; gives up if `ended` becomes true. Throws std::system_error, ChecksumError.
+// Reads all of a rung; gives up, which is false, if `ended` becomes true. Throws std::system_error,
+// ChecksumError.
 template <typename Ended>
-void read_rung(const RungSource& source, int direct, uint8_t* to, int index, Pace& pace,
+bool read_rung(const RungSource& source, int direct, uint8_t* to, int index, Pace& pace,
                const Ended& ended) {
     int fd = direct >= 0 && !is_cached(source.fd, source.offset, source.bytes) ? direct : source.fd;
     uint64_t done = 0;
     uint32_t crc = 0;
     while (done < source.bytes) {
         pace.keep();
-        if (ended()) return;
-        const ssize_t got = pread(fd, to + done, std::min(source.bytes - done, kChunk),
-                                  static_cast<off_t>(source.offset + done));
+        if (ended()) return false;
+        const uint64_t most = std::min(source.bytes - done, kChunk);
+        pace.populate(to + done, most);
+        const ssize_t got = pread(fd, to + done, most, static_cast<off_t>(source.offset + done));
         if (got < 0 && errno == EINTR) continue;
         if (got < 0 && errno == EINVAL && fd != source.fd) {  // not aligned as this disk wants it
             fd = source.fd;
@@ -116,6 +158,7 @@ void read_rung(const RungSource& source, int direct, uint8_t* to, int index, Pac
                             std::to_string(crc) + ", the manifest says " +
                             std::to_string(source.crc) +
                             ": the shard was altered or damaged; get it again");
+    return true;
 }
 
 }  // namespace
@@ -266,25 +309,28 @@ bool Weights::read(int first, const std::vector<RungSource>& sources, const Read
         if (first != read_ || newest_.load() > how.ticket) return false;
         const int goal = std::clamp(how.goal, first + count, rungs());
         arena_.prefer_huge(rung_begin_[static_cast<size_t>(goal)]);
-        reading_ = first + count;
+        reading_ = cut_ = first + count;
     }
     std::map<int, DirectFile> second;
     if (how.direct)
         for (const RungSource& source : sources) second.try_emplace(source.fd, source.fd);
 
+    const int threads = std::clamp(how.threads, 1, std::max(count, 1));
+    std::vector<char> complete(static_cast<size_t>(count), 0);
     std::atomic<int> next{0};
     std::atomic<bool> failed{false};
     std::exception_ptr error;
     std::mutex guard;
     const auto ended = [&] { return failed.load() || newest_.load() > how.ticket; };
     const auto work = [&] {
-        Pace pace(how.share);
+        Pace pace(how.share / threads);
         for (int i = next++; i < count && !ended(); i = next++) {
             try {
                 const RungSource& source = sources[static_cast<size_t>(i)];
                 uint8_t* to = arena_.data() + rung_begin_[static_cast<size_t>(first + i)];
                 const int direct = how.direct ? second.at(source.fd).fd() : -1;
-                read_rung(source, direct, to, first + i, pace, ended);
+                complete[static_cast<size_t>(i)] =
+                    read_rung(source, direct, to, first + i, pace, ended);
             } catch (...) {
                 const std::lock_guard lock(guard);
                 if (!error) error = std::current_exception();
@@ -293,18 +339,19 @@ bool Weights::read(int first, const std::vector<RungSource>& sources, const Read
         }
     };
     std::vector<std::thread> helpers;
-    for (int i = 1; i < std::min(how.threads, count); ++i) helpers.emplace_back(work);
+    for (int i = 1; i < threads; ++i) helpers.emplace_back(work);
     work();
     for (auto& helper : helpers) helper.join();
-    // A publish() beside us may have cut off the rungs before ours.
     const std::lock_guard lock(moving_);
     reading_ = 0;
-    if (!ended() && first == read_) {
-        read_ = first + count;
-        return true;
-    }
-    arena_.release(begin, end);
-    arena_.prefer_huge(rung_begin_[static_cast<size_t>(read_)]);
+    const int whole =
+        static_cast<int>(std::find(complete.begin(), complete.end(), 0) - complete.begin());
+    // A change beside us may have cut off some of ours, or rungs before them.
+    if (!error && first == read_) read_ = std::max(first, std::min(first + whole, cut_));
+    const int there = read_;
+    if (there == first + count) return true;
+    arena_.release(std::max(begin, rung_begin_[static_cast<size_t>(there)]), end);
+    arena_.prefer_huge(rung_begin_[static_cast<size_t>(there)]);
     if (error) std::rethrow_exception(error);
     return false;
 }
@@ -314,6 +361,7 @@ void Weights::discard(int rungs) {
     rungs = std::max(rungs, published_);
     const int end = std::max(reading_, read_.load());
     if (rungs >= end) return;
+    cut_ = std::min(cut_, rungs);
     arena_.release(rung_begin_[static_cast<size_t>(rungs)], rung_begin_[static_cast<size_t>(end)]);
     read_ = std::min(rungs, read_.load());
     arena_.prefer_huge(rung_begin_[static_cast<size_t>(read_)]);
@@ -344,6 +392,7 @@ void Weights::publish(int rungs) {
     // Of a read in progress too: its caller knows that it is overtaken, or will see it at the end.
     arena_.release(rung_begin_[static_cast<size_t>(rungs)],
                    rung_begin_[static_cast<size_t>(std::max(reading_, read_.load()))]);
+    cut_ = std::min(cut_, rungs);
     read_ = published_ = rungs;
     arena_.prefer_huge(rung_begin_[static_cast<size_t>(rungs)]);
 }

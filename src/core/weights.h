@@ -25,9 +25,9 @@ struct RungSource {
 struct Reading {
     uint64_t ticket = UINT64_MAX;  // see Weights::overtake
     int goal = 0;                  // rungs that there will be at the end of this and further reads
-    int threads = 1;
-    bool direct = false;  // what the kernel does not have in its cache is read past it
-    double share = 1.0;   // most of the time that a thread may compute: the rest is for the steps
+    int threads = 1;               // each has one read in flight
+    bool direct = false;           // what the kernel does not have in its cache is read past it
+    double share = 1.0;  // of a processor, for all threads together: the rest is for the steps
 };
 
 // Every rung has a fixed place in one arena, in ladder order, so the resident rungs are always its
@@ -61,10 +61,10 @@ class Weights {
 
     // Says that a newer change was asked for: reads with a smaller ticket end soon.
     void overtake(uint64_t ticket);
-    // Reads the rungs from `first` on to the end of those in memory and checks them; all or
-    // nothing. May run beside steps and publish(), but not beside another read. False, and nothing
-    // was read, if the ticket was overtaken or `first` is not the end. Throws ChecksumError,
-    // UsageError, or std::system_error for a failed read.
+    // Reads the rungs from `first` on to the end of those in memory and checks them. May run beside
+    // steps and publish(), but not beside another read. False if the ticket was overtaken, and then
+    // the first of them that are complete may stay, or if `first` is not the end. Throws
+    // ChecksumError, UsageError, or std::system_error for a failed read, and then none stays.
     bool read(int first, const std::vector<RungSource>& sources, const Reading& how);
     // Gives back what was read beyond `rungs` rungs and not published. May run beside steps.
     void discard(int rungs);
@@ -86,7 +86,8 @@ class Weights {
     Arena arena_;
     std::mutex moving_;         // of the arena's end
     std::atomic<int> read_{0};  // rungs that are in memory and checked
-    int reading_ = 0;           // up to which rung a read in progress goes
+    int reading_ = 0;           // up to which rung a read in progress goes,
+    int cut_ = 0;               // and how far what it read may stay
     int published_ = 0;
     std::atomic<uint64_t> newest_{0};
 };

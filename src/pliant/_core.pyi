@@ -5,7 +5,7 @@ reads that fail.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -100,12 +100,13 @@ class Executor:
         direct: bool = False,
         share: float = 1.0,
     ) -> bool:
-        """Append rungs: file descriptor, offset, bytes, CRC-32 of each. All or nothing.
+        """Append rungs: file descriptor, offset, bytes, CRC-32 of each. On an error none stays.
 
-        May run beside steps, which do not see them before `publish`, and beside `publish`. False,
-        and nothing was read, if the ticket was overtaken or `first` is not `read_rungs_count`.
-        `goal`: rungs that there will be after this and further reads. `direct`: what is not in the
-        kernel's cache is read past it. `share`: the part of the time that a thread may compute.
+        May run beside steps, which do not see them before `publish`, and beside `publish`. False if
+        the ticket was overtaken, and then the first that are complete may stay, or if `first` is
+        not `read_rungs_count`. `goal`: rungs that there will be after this and further reads.
+        `threads`: each has one read in flight. `direct`: what is not in the kernel's cache is read
+        past it. `share`: of a processor, which all threads together may use.
         """
     def discard(self, rungs: int) -> None:
         """Give back what was read beyond so many rungs and is not in use. May run beside steps."""
@@ -178,22 +179,53 @@ class Executor:
         self, seq: int, tokens: int, from_: npt.NDArray[np.uint8], rungs: int = 0
     ) -> None:
         """Append a page that was taken, with the first `tokens` of its tokens."""
+    @overload
     def step(
         self,
         seqs: list[int],
         counts: list[int],
         tokens: npt.NDArray[np.int32],
         want: list[int],
-    ) -> npt.NDArray[np.float32]:
+        *,
+        whole: Literal[True] = True,
+    ) -> npt.NDArray[np.float32]: ...
+    @overload
+    def step(
+        self,
+        seqs: list[int],
+        counts: list[int],
+        tokens: npt.NDArray[np.int32],
+        want: list[int],
+        *,
+        whole: bool,
+    ) -> npt.NDArray[np.float32] | None:
         """Append counts[i] tokens to sequence seqs[i]; float32 [wanted, vocabulary].
 
         want[i] is 0 for no logits, 1 for those of the last token, 2 for all. A step that cannot
-        be made raises EngineError or UsageError and changes nothing.
+        be made raises EngineError or UsageError and changes nothing. None, and no change, if it
+        need not be `whole` and somebody is in a `hurry`.
         """
+    @overload
     def states(
-        self, seqs: list[int], counts: list[int], tokens: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.float32]:
+        self,
+        seqs: list[int],
+        counts: list[int],
+        tokens: npt.NDArray[np.int32],
+        *,
+        whole: Literal[True] = True,
+    ) -> npt.NDArray[np.float32]: ...
+    @overload
+    def states(
+        self,
+        seqs: list[int],
+        counts: list[int],
+        tokens: npt.NDArray[np.int32],
+        *,
+        whole: bool,
+    ) -> npt.NDArray[np.float32] | None:
         """As `step`; the last hidden states, after the last norm: float32 [tokens, hidden]."""
+    def hurry(self, on: bool) -> None:
+        """Whether steps that need not be whole end soon, without effect; from any thread."""
     @property
     def isa(self) -> str: ...
     @property

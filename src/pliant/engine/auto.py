@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pliant.engine.holdings import Holdings
 from pliant.errors import BudgetError
-from pliant.memory.governor import Governor, Policy, default_keep_free
+from pliant.memory.governor import Governor, Policy
 from pliant.memory.plan import PackSizes, Wish, make_plan, smallest
 from pliant.memory.pressure import Sources
 from pliant.sizes import format_size
@@ -24,8 +24,8 @@ def first_budget(
 ) -> int:
     """The budget to load with, in bytes; BudgetError if even the smallest plan is too much."""
     seen, floor = sources.read(), smallest(sizes, fixed, wish)
-    policy = Policy(keep_free=default_keep_free(seen.total) if keep_free is None else keep_free)
-    room = seen.resident + seen.available - policy.keep_free - policy.slack
+    policy = Policy.keeping(keep_free, seen)
+    room = policy.first(seen)
     if room < floor.total:
         raise BudgetError(
             f"{format_size(seen.available)} of memory are available ({seen.bound}), and "
@@ -86,17 +86,10 @@ def steer(
 ) -> Governor:
     """A governor that has begun, and has moved the model to where it should be now."""
     sources = sources or Sources()
-    total = sources.read().total
-    policy = Policy(keep_free=default_keep_free(total) if keep_free is None else keep_free)
-    steering = Steering(holdings, check)
-    first = first_room(steering, policy, sources)
+    seen, steering = sources.read(), Steering(holdings, check)
+    policy = Policy.keeping(keep_free, seen)
+    floor, most = steering.bounds()
+    first = max(min(policy.first(seen), most), floor)
     if first != holdings.wish.memory:
         steering.move(first)
     return Governor(steering, policy, sources=sources, log=log).start()
-
-
-def first_room(steering: Steering, policy: Policy, sources: Sources) -> int:
-    """Where a model that runs already begins to be steered, in bytes."""
-    seen, (floor, most) = sources.read(), steering.bounds()
-    room = seen.resident + seen.available - policy.keep_free - policy.slack
-    return max(min(room, most), floor)

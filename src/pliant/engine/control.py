@@ -30,8 +30,11 @@ class BudgetControl:
 
     def get(self) -> dict[str, Any]:
         """The budget, what holds under it, and who holds how many bytes; docs/memory.md."""
+        return self._state(hurry=False)
+
+    def _state(self, *, hurry: bool) -> dict[str, Any]:
         model = self._model
-        report, change, governor = model.report(), model.change, model.governor
+        report, change, governor = model.report(hurry=hurry), model.change, model.governor
         mode = "fixed" if report.budget is not None else "none"
         return {
             "pid": os.getpid(),
@@ -79,4 +82,4 @@ class BudgetControl:
             raise UsageError('keep_free belongs to "memory": "auto"')
         else:
             self._model.move(memory=memory)
-        return self.get()
+        return self._state(hurry=True)  # whoever asked for memory need not wait for a step

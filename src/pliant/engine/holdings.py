@@ -122,7 +122,6 @@ class Holdings:
         self._fixed = fixed
         self._turns = turns
         self._moved = moved
-        self._planning = threading.Lock()
         self._settled = (self.plan, wish)
         executor.reserve_kv(sizes.pages(sizes.context) * wish.sessions)
         for owner, size in self.plan.lines():
@@ -160,21 +159,20 @@ class Holdings:
         kept prefixes are dropped, idle sessions parked, answers have given way if they must, and
         the kernel has the memory. `check` is called first.
         """
-        with self._planning:
-            with self._turns.next():
-                check()
-                plan = self._best(wish)
-                # What was there before must leave room for what comes; both limits hold meanwhile.
-                pages = min(self.cache.pages, plan.kv_pages)
-                grows = plan.rungs > self.weights.depth.rungs
-                if plan.rungs != self.weights.depth.rungs:
-                    self.cache.forget()  # pages of another depth are never used again
-                if grows:
-                    self.cache.limit(min(self.cache.context, plan.context), pages)
-                else:
-                    self.cache.limit(plan.context, plan.kv_pages)
-                ticket = self.weights.limit(plan.rungs)
-                self._executor.trim_kv()
+        with self._turns.next(hurry=True):
+            check()
+            plan = self._best(wish)
+            # What was there before must leave room for what comes; both limits hold meanwhile.
+            pages = min(self.cache.pages, plan.kv_pages)
+            grows = plan.rungs > self.weights.depth.rungs
+            if plan.rungs != self.weights.depth.rungs:
+                self.cache.forget()  # pages of another depth are never used again
+            if grows:
+                self.cache.limit(min(self.cache.context, plan.context), pages)
+            else:
+                self.cache.limit(plan.context, plan.kv_pages)
+            ticket = self.weights.limit(plan.rungs)
+            self._executor.trim_kv()
             kv = min(plan.kv, self.ledger.owners()["kv"][0]) if grows else plan.kv
             self.ledger.move({"weights": plan.arena, "kv": kv}, self._total(wish, plan))
             self.plan, self.wish = plan, wish
@@ -184,9 +182,9 @@ class Holdings:
 
             if not grows:
                 self._settled = plan, wish
-            self.change = Change(plan, grow if grows else None)
+            self.change = change = Change(plan, grow if grows else None)
         self._moved()
-        return self.change
+        return change
 
     def refresh(self, tokenizer: int) -> None:
         """Tell the ledger what is in memory; `tokenizer` bytes of that part are not, being mapped.
@@ -215,14 +213,13 @@ class Holdings:
         self, mine: Plan, plan: Plan, wish: Wish, *, check: Callable[[], None] | None
     ) -> bool:
         """The end of a growth to `mine`: from now on `plan` holds, unless another took over."""
-        with self._planning:
+        with self._turns.next():
             if self.plan is not mine:
                 return False
-            with self._turns.next():
-                if check is not None:
-                    check()
-                self.cache.limit(plan.context, plan.kv_pages)
-                self.cache.forget()  # the depth is another
+            if check is not None:
+                check()
+            self.cache.limit(plan.context, plan.kv_pages)
+            self.cache.forget()  # the depth is another
             self.ledger.move({"weights": plan.arena, "kv": plan.kv}, self._total(wish, plan))
             self.plan, self.wish = plan, wish
             self._settled = plan, wish

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from pliant.engine.reporting import make_report
 from pliant.engine.sampling import Sampling, new_seed
 from pliant.engine.seam import Executor, Floats, Tokenizer
 from pliant.engine.session import Session
-from pliant.engine.turns import Turns
+from pliant.engine.turns import StepGivenUp, Turns
 from pliant.errors import BudgetError, EngineError, UsageError
 from pliant.memory.governor import Governor
 from pliant.memory.ledger import Audit, Ledger
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
     from pliant.store import Pack
 
 __all__ = ["Model"]
+
+_LOST, _LOSS = 8, 0.25
+"""Steps in a row, and their seconds, that changes of the budget may cost; then one is whole."""
+
+
+def _nobody(on: bool) -> None:
+    """There is nobody left who could hurry."""
 
 
 class Model:
@@ -67,7 +75,8 @@ class Model:
         """The answer that ended last."""
         self._executor = executor
         self._sizes = sizes
-        self._turns = Turns()
+        self._turns = Turns(executor.hurry)
+        self._lost, self._loss = 0, 0.0  # steps that were given up since one was not; seconds
         self._line = Line()
         self._holdings = Holdings(
             executor,
@@ -110,6 +119,7 @@ class Model:
             self._stop_governor()
         self._holdings.close()
         with self._turns:
+            self._turns.hurry = _nobody
             del self._holdings, self._executor  # the last references, so the memory goes
         self._line.wake()
 
@@ -407,9 +417,13 @@ class Model:
         self._check_open()
         return self._holdings.least()
 
-    def report(self) -> Report:
-        """What the process holds, and with what quality it answers."""
-        with self._turns:
+    def report(self, *, hurry: bool = False) -> Report:
+        """What the process holds, and with what quality it answers.
+
+        That is known between two steps. `hurry`: a step in progress is made again afterwards,
+        instead of being waited for.
+        """
+        with self._turns.next(hurry=hurry):
             self._check_open()
             self._refresh()
             return make_report(self.pack, self._executor, self._holdings)
@@ -464,8 +478,9 @@ class Model:
         want: Sequence[int] | None,
     ) -> tuple[Floats, Depth]:
         """One step with a turn of its own; the rest as `_step_in_turn`."""
-        with self._turns:
-            return self._step_in_turn(sequences, counts, tokens, want)
+        while True:
+            with suppress(StepGivenUp), self._turns:
+                return self._step_in_turn(sequences, counts, tokens, want)
 
     def _step_in_turn(
         self,
@@ -474,16 +489,23 @@ class Model:
         tokens: npt.NDArray[np.int32],
         want: Sequence[int] | None,
     ) -> tuple[Floats, Depth]:
-        """One step, and the depth it was made with. EngineError, and no change, without room.
+        """One step, and the depth it was made with. EngineError, and no change, without room;
+        StepGivenUp, and no change, if the budget is to move: then leave the turn, and try again.
 
         `want` None: hidden states of all tokens instead of logits.
         """
-        cache = self._cache
+        cache, begin = self._cache, time.perf_counter()
+        whole = self._lost >= _LOST or self._loss >= _LOSS
         cache.prepare(sequences, counts)
         if want is None:
-            rows = self._executor.states(sequences, counts, tokens)
+            rows = self._executor.states(sequences, counts, tokens, whole=whole)
         else:
-            rows = self._executor.step(sequences, counts, tokens, list(want))
+            rows = self._executor.step(sequences, counts, tokens, list(want), whole=whole)
+        if rows is None:
+            self._lost += 1
+            self._loss += time.perf_counter() - begin
+            raise StepGivenUp
+        self._lost, self._loss = 0, 0.0
         cache.stepped(sequences, counts)
         self._line.progress += 1
         return rows, self._holdings.weights.depth

@@ -25,6 +25,7 @@ from pliant.engine.model import Model
 from pliant.engine.pace import Pace
 from pliant.engine.prefixes import page_keys
 from pliant.engine.seam import Floats
+from pliant.engine.turns import StepGivenUp
 from pliant.engine.waiting import Waiting
 from pliant.errors import BudgetError, BusyError, DeadlineError, EngineError, PliantError
 
@@ -358,6 +359,8 @@ class Scheduler:
                 np.concatenate([np.frombuffer(part, np.int32) for part in ids]),
                 want,
             )
+        except StepGivenUp:
+            return  # the budget moves first, and then it is put together anew
         except (EngineError, BudgetError) as error:
             # There is no memory: fewer may run.
             victim = self._victim()

@@ -12,10 +12,12 @@ from pliant.memory.plan import PackSizes, bits_per_weight, expected_kl
 
 __all__ = ["Weights"]
 
-_BATCH = 16  # rungs that are read at once
+_BATCH = 64  # rungs that are asked for together
 
-SHARE = 0.35
-"""The part of a processor that a growth may use while steps go on."""
+_READS = 4  # in flight while steps go on: the disk is busy while a reader waits for a processor
+
+SHARE = 0.25
+"""The part of the processors of the steps that a growth may use beside them."""
 
 
 class Weights:
@@ -60,6 +62,7 @@ class Weights:
         meanwhile: its caller takes over, and with it what was read. On an error the rungs are those
         from before: ChecksumError, PackError or OSError if one cannot be read.
         """
+        threads = self._executor.threads
         with self._changing:
             try:
                 while (at := self._executor.read_rungs_count) < rungs and self._newest == ticket:
@@ -69,9 +72,9 @@ class Weights:
                         first=at,
                         goal=rungs,
                         ticket=ticket,
-                        threads=self._executor.threads if alone else 1,
+                        threads=threads if alone else _READS,
                         direct=not alone,
-                        share=SHARE if self._turns.taken else 1.0,
+                        share=threads * (SHARE if self._turns.taken else 1.0),
                     )
                 with self._turns.next():
                     if self._newest == ticket:

@@ -50,6 +50,20 @@ class Policy:
     full: float = 5.0
     period: float = 0.25
 
+    @classmethod
+    def keeping(cls, keep_free: int | None, seen: Signals) -> Policy:
+        """The usual one; `keep_free` None: a part of what there is."""
+        return cls(keep_free=default_keep_free(seen.total) if keep_free is None else keep_free)
+
+    def allowed(self, seen: Signals) -> int:
+        """The largest budget, in bytes; may be negative. Our own share is not pressure: with this
+        budget full, `keep_free` would just be free."""
+        return seen.resident + seen.available - self.keep_free
+
+    def first(self, seen: Signals) -> int:
+        """The largest budget to begin with, in bytes; may be negative."""
+        return self.allowed(seen) - self.slack
+
 
 @dataclass(frozen=True, slots=True)
 class State:
@@ -86,8 +100,7 @@ def decide(
     direction changes at most twice in `dwell` seconds, whatever is seen: growth after a shrink
     waits for `dwell` seconds since the direction changed last.
     """
-    # Our own share is not pressure: with this budget full, `keep_free` would just be free.
-    allowed = seen.resident + seen.available - policy.keep_free
+    allowed = policy.allowed(seen)
     near = seen.own_stalls or seen.available < 2 * policy.keep_free + policy.slack
     stalled = near and (seen.some >= policy.some or seen.full >= policy.full)
     want: int | None = None
@@ -215,7 +228,7 @@ class Governor:
                 self.policy, before, seen, now, budget, floor, max(most, floor)
             )
             if decision is None:
-                if seen.resident + seen.available - self.policy.keep_free < budget <= floor:
+                if self.policy.allowed(seen) < budget <= floor:
                     self._once(
                         f"{_room(self.policy, seen)}, and nothing left to give: "
                         f"{format_size(budget)} is the least that is possible now"
