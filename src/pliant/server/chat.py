@@ -20,11 +20,10 @@ from pliant.server.prepare import (
     ToolUse,
     finish_reason,
     quality,
-    quality_headers,
     usage_of,
 )
 from pliant.server.problems import Problem
-from pliant.server.replies import Events, collect, event, json_reply, piece_problem, while_here
+from pliant.server.replies import Events, collect, event, made_reply, piece_problem, while_here
 from pliant.server.schema import ChatRequest, Message, NamedTool, Part, parse
 from pliant.server.tools import Call, new_id
 
@@ -66,9 +65,7 @@ async def chat_completions(request: Request) -> Response:
     note(request, answers=flow.answers, user=asked.user)
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        depth = kitchen.model.depth
-        headers = quality_headers(depth.bits_per_weight, depth.expected_kl)
-        return Events(reply.events(usage), flow, headers)
+        return Events(reply.events(usage), flow, kitchen.quality_now())
     return await while_here(request, reply.whole())
 
 
@@ -106,17 +103,14 @@ class _Reply:
                     "finish_reason": "tool_calls" if calls else finish_reason(one.reason),
                 }
             )
-        made = quality(self._flow.answers)
         body = {
             **self._head,
             "object": "chat.completion",
             "choices": choices,
             "usage": usage_of(self._flow.answers, 1),
-            "pliant": made,
+            "pliant": quality(self._flow.answers),
         }
-        return json_reply(
-            body, headers=quality_headers(made["bits_per_weight"], made["expected_kl"])
-        )
+        return made_reply(body)
 
     async def events(self, usage: bool) -> AsyncIterator[bytes]:
         """The answer as it comes."""

@@ -22,7 +22,6 @@ __all__ = [
     "ToolUse",
     "finish_reason",
     "quality",
-    "quality_headers",
     "usage_of",
 ]
 
@@ -63,6 +62,11 @@ class Kitchen:
         self.name = name
         self.compiler = compiler
         self.style = style_of(self.model.template_source)
+
+    def quality_now(self) -> dict[str, float | None]:
+        """With what the next step is made."""
+        depth = self.model.depth
+        return {"bits_per_weight": depth.bits_per_weight, "expected_kl": depth.expected_kl}
 
     def check_name(self, name: str | None) -> None:
         """Refuse the name of another model."""
@@ -260,16 +264,6 @@ def quality(answers: Sequence[Answer]) -> dict[str, Any]:
         "expected_kl_highest": max(known("expected_kl_highest"), default=None),
         "seed": answers[0].request.sampling.seed if answers else None,
     }
-
-
-def quality_headers(bits: float | None, kl: float | None) -> dict[str, str]:
-    """The same in the headers of an answer."""
-    headers = {}
-    if bits is not None:
-        headers["Pliant-Bits-Per-Weight"] = f"{bits:.4f}"
-    if kl is not None:
-        headers["Pliant-Expected-KL"] = f"{kl:.6g}"
-    return headers
 
 
 def usage_of(answers: Sequence[Answer], prompts: int) -> dict[str, Any]:
