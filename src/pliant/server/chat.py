@@ -21,6 +21,7 @@ from pliant.server.prepare import (
     finish_reason,
     quality,
     usage_of,
+    wants_usage,
 )
 from pliant.server.problems import Problem
 from pliant.server.replies import Events, collect, event, made_reply, piece_problem, while_here
@@ -37,8 +38,7 @@ async def chat_completions(request: Request) -> Response:
     kitchen.check_name(asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise Problem(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    if asked.stream_options is not None and not asked.stream:
-        raise Problem(400, "stream_options needs stream: true", param="stream_options")
+    usage = wants_usage(asked)
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
         raise Problem(400, "max_tokens and max_completion_tokens are the same: give one of them",
                       param="max_tokens")  # fmt: skip
@@ -64,7 +64,6 @@ async def chat_completions(request: Request) -> Response:
     reply = _Reply(kitchen, flow, use, bool(asked.logprobs))
     note(request, answers=flow.answers, user=asked.user)
     if asked.stream:
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
         return Events(reply.events(usage), flow, kitchen.quality_now())
     return await while_here(request, reply.whole())
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from pliant.engine.answers import Choice
 from pliant.server.bridge import Flow
 from pliant.server.guard import body_of, note, who_asks
-from pliant.server.prepare import Kitchen, finish_reason, quality, usage_of
+from pliant.server.prepare import Kitchen, finish_reason, quality, usage_of, wants_usage
 from pliant.server.problems import Problem
 from pliant.server.replies import Events, collect, event, made_reply, piece_problem, while_here
 from pliant.server.schema import CompletionRequest, parse
@@ -29,8 +29,7 @@ async def completions(request: Request) -> Response:
     kitchen: Kitchen = request.app.state.kitchen
     asked = parse(body_of(request), CompletionRequest)
     kitchen.check_name(asked.model)
-    if asked.stream_options is not None and not asked.stream:
-        raise Problem(400, "stream_options needs stream: true", param="stream_options")
+    usage = wants_usage(asked)
     prompts = await kitchen.bridge.work(prompts_of, kitchen, asked.prompt)
     n = asked.n or 1
     if n * len(prompts) > MOST_PROMPTS:
@@ -49,7 +48,6 @@ async def completions(request: Request) -> Response:
     note(request, answers=flow.answers, user=asked.user)
     reply = _Reply(kitchen, flow, len(prompts), asked.logprobs is not None)
     if asked.stream:
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
         return Events(reply.events(usage), flow, kitchen.quality_now())
     return await while_here(request, reply.whole())
 

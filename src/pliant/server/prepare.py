@@ -23,6 +23,7 @@ __all__ = [
     "finish_reason",
     "quality",
     "usage_of",
+    "wants_usage",
 ]
 
 T = TypeVar("T")
@@ -264,6 +265,15 @@ def quality(answers: Sequence[Answer]) -> dict[str, Any]:
         "expected_kl_highest": max(known("expected_kl_highest"), default=None),
         "seed": answers[0].request.sampling.seed if answers else None,
     }
+
+
+def wants_usage(asked: schema.ChatRequest | schema.CompletionRequest) -> bool:
+    """Whether a stream shall end with its tokens; a Problem if that is asked of no stream."""
+    if asked.stream_options is None:
+        return False
+    if not asked.stream:
+        raise Problem(400, "stream_options needs stream: true", param="stream_options")
+    return asked.stream_options.include_usage
 
 
 def usage_of(answers: Sequence[Answer], prompts: int) -> dict[str, Any]:
