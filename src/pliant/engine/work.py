@@ -1,8 +1,9 @@
 """Answers in work and those that wait for a place, and the steps in which all of them go on.
 
-Pages come from `pliant.engine.cache`, as those of sessions do. Where a smaller budget takes pages
-away, those who gave way are found here, wait, and are computed again; where it gives more, they
-go on.
+Pages come from `pliant.engine.cache`, as those of sessions do. An answer that must give way to
+others, or to a smaller budget, is set aside: it waits, and goes on where it was. Its keys and
+values stay in memory as long as nobody needs the room, and go to disk then (after Shen et al.,
+FastSwitch, 2024). Only what cannot be kept is computed again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pliant.engine.answers import Answer, Piece, Request
-from pliant.engine.cache import Cache
+from pliant.engine.cache import Cache, ParkedLost
 from pliant.engine.model import Model
 from pliant.engine.pace import Pace, shares
 from pliant.engine.prefixes import page_keys
@@ -34,11 +35,15 @@ class Counters:
     steps: int = 0
     step_seconds: float = 0.0
     prompt_tokens: int = 0
-    """Tokens of prompts that were computed, again after a preemption too."""
+    """Tokens of prompts that were computed, also where it was for the second time."""
     cached_tokens: int = 0
     """Tokens of prompts that were found in the cache."""
     answer_tokens: int = 0
     preemptions: int = 0
+    """Answers that were set aside, or had to begin again."""
+    resumed_tokens: int = 0
+    """Tokens of prompts and answers that were there when an answer went on, in memory or on disk.
+    """
     finished: dict[str, int] = field(default_factory=dict)
     """Answers by the way they ended: a finish reason, or `error`."""
 
@@ -84,7 +89,7 @@ class Work:
             self.waiting.add(answer, active)
 
     def find_displaced(self) -> None:
-        """A smaller budget may have taken the pages of some; they wait."""
+        """A smaller budget may have set some aside; they wait."""
         for answer in list(self.running):
             if answer.sequence is not None and not self._cache.holds(answer.sequence):
                 self._put_back(answer)
@@ -129,12 +134,16 @@ class Work:
                         raise too_long(answer.request, self._model.context)
                     if victim is None or victim.request.priority <= answer.request.priority:
                         return
-                    self._preempt(victim)
+                    self._set_aside(victim)
+            except ParkedLost:
+                continue  # it is empty now, and looked at anew
             except EngineError as error:  # also where idle sessions cannot be written to disk
                 self._end(answer, Piece(error=error))
 
     def _ready(self, answer: Answer, rungs: int) -> bool:
         """Whether its next page is not being computed for another: then it waits for that one."""
+        if self._kept(answer):
+            return True
         if answer.depth != rungs or len(answer.keys) < len(answer.ids) // self._page:
             answer.depth = rungs
             answer.keys = page_keys(answer.ids, self._page, rungs)
@@ -145,33 +154,40 @@ class Work:
         """Let an answer in; False: there is no place, or no room."""
         if len(self.running) >= self._most_running:
             return False
-        if answer.sequence is None:
-            answer.sequence = self._cache.open()
-        # Its last token must be fed for the logits.
-        known = answer.keys[: (len(answer.ids) - 1) // self._page]
         request, most = answer.request, self._cache.context
         if request.max_tokens is not None:
             most = min(most, len(request.prompt) + request.max_tokens - 1)
-        found = self._cache.admit(
-            answer.sequence,
-            min(len(answer.ids) + self._page, most),  # and a page to go on in
-            known,
-            claim=0 if request.max_tokens is None else most,
-            rank=(request.priority, answer.number),
-        )
-        if found is None:
-            return False
-        answer.shared = found
-        answer.fed = found * self._page
-        self.counters.cached_tokens += answer.fed
-        if not answer.begun:
-            answer.begun = True
-            answer.cached = answer.fed
-        for key in answer.keys[found:]:
-            self._making.setdefault(key, answer)
+        tokens = min(len(answer.ids) + self._page, most)  # and a page to go on in
+        if answer.sequence is None:
+            answer.sequence = self._cache.open()
+        if self._kept(answer):
+            if not self._cache.resume(answer.sequence, tokens):
+                return False
+            self.counters.resumed_tokens += answer.fed
+        else:
+            # Its last token must be fed for the logits.
+            known = answer.keys[: (len(answer.ids) - 1) // self._page]
+            claim = 0 if request.max_tokens is None else most
+            rank = request.priority, answer.number
+            found = self._cache.admit(answer.sequence, tokens, known, claim=claim, rank=rank)
+            if found is None:
+                return False
+            answer.shared = found
+            answer.fed = found * self._page
+            self.counters.cached_tokens += answer.fed
+            if not answer.begun:
+                answer.begun = True
+                answer.cached = answer.fed
+        if answer.depth == self._model.depth.rungs:
+            for key in answer.keys[answer.shared :]:
+                self._making.setdefault(key, answer)
         self._unqueue(answer)
         self.running.append(answer)
         return True
+
+    def _kept(self, answer: Answer) -> bool:
+        """Whether an answer that waits was set aside with something to go on from."""
+        return answer.sequence is not None and self._cache.length(answer.sequence) > 0
 
     # --- one step
 
@@ -197,7 +213,7 @@ class Work:
                 for answer in list(self.running):
                     self._end(answer, Piece(error=error))
             else:
-                self._preempt(victim)
+                self._set_aside(victim)
             return
         seconds = time.perf_counter() - begin
         going = sum(want[i] == 1 and parts[i][1] == 1 for i in range(len(parts)))
@@ -209,7 +225,7 @@ class Work:
         for (answer, count), wanted in zip(parts, want, strict=True):
             if answer.depth != depth.rungs:
                 if not answer.tokens and answer.shared and answer.fed == answer.shared * self._page:
-                    self._preempt(answer)  # what it found was of another depth: read it anew
+                    self._start_over(answer)  # what it found was of another depth
                     at += wanted
                     continue
                 answer.depth = -1
@@ -233,7 +249,7 @@ class Work:
                     if victim is None or self._cache.in_flight == 1:
                         self._end(answer, answer.end("context"))
                     else:
-                        self._preempt(victim)
+                        self._set_aside(victim)
             except EngineError as error:  # idle sessions cannot be written to disk
                 self._end(answer, Piece(error=error))
         going = [answer for answer in self.running if answer.todo == 1]
@@ -284,14 +300,20 @@ class Work:
         """Who gives way: of the least urgent ones the youngest."""
         return max(self.running, key=lambda a: (a.request.priority, a.number), default=None)
 
-    def _preempt(self, answer: Answer) -> None:
-        """Take the place of an answer; it waits, and what it had is computed again."""
+    def _set_aside(self, answer: Answer) -> None:
+        """Take the place of an answer; it goes on later."""
+        assert answer.sequence is not None
+        self._cache.set_aside(answer.sequence)
+        self._put_back(answer)
+
+    def _start_over(self, answer: Answer) -> None:
+        """Forget what an answer has; it waits, and that is computed again."""
         assert answer.sequence is not None
         self._cache.give_way(answer.sequence)
         self._put_back(answer)
 
     def _put_back(self, answer: Answer) -> None:
-        """An answer without pages waits again."""
+        """An answer without a promise waits again."""
         self._take_out(answer)
         self.counters.preemptions += 1
         active = {other.request.key for other in self.running}
@@ -304,7 +326,6 @@ class Work:
             for key in answer.keys[answer.shared :]:
                 if self._making.get(key) is answer:
                     del self._making[key]
-            answer.fed = answer.shared = 0
             self.freed = True
 
     def _end(self, answer: Answer, piece: Piece) -> None:
