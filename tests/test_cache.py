@@ -27,6 +27,8 @@ ACTIONS = st.one_of(
     st.tuples(st.just("reserve"), st.integers(0, 9), st.integers(1, 300)),
     st.tuples(st.just("release"), st.integers(0, 9)),
     st.tuples(st.just("give way"), st.integers(0, 9)),
+    st.tuples(st.just("set aside"), st.integers(0, 9)),
+    st.tuples(st.just("resume"), st.integers(0, 9), st.integers(1, 60)),
     st.tuples(st.just("close"), st.integers(0, 9)),
     st.tuples(st.just("limit"), st.integers(1, PAGES), st.sampled_from(list(Keep))),
 )
@@ -81,6 +83,15 @@ class Player:
             self.cache.release(sequence)
         elif name == "give way" and ids is not None:
             self.cache.give_way(sequence)
+        elif name == "set aside" and ids is not None:
+            self.cache.set_aside(sequence)
+        elif name == "resume" and ids is not None and not self.cache.holds(sequence):
+            wanted = self.cache.length(sequence) + values[0]
+            if self.cache.resume(sequence, wanted):
+                assert self.cache.holds(sequence)
+                self.read(sequence, ids)
+            elif not self.cache.in_flight:
+                assert -(-wanted // PAGE) > self.cache.pages, "there was room"
         elif name == "close":
             self.cache.close(sequence)
             if self.answers.pop(sequence, None) is None:
@@ -104,6 +115,22 @@ class Player:
         self.cache.stepped([sequence], [count])
         if ids is not None:
             self.cache.share(sequence, page_keys(ids[: at + count], PAGE, 0))
+
+    def read(self, sequence: int, ids: array[int]) -> None:
+        """What is in the pages of an answer must be what its tokens make."""
+        length = self.cache.length(sequence)
+        other = self.model._executor.open_sequence()
+        try:
+            if self.model._executor.kv_pages_total - self.cache.used >= -(-length // PAGE) > 0:
+                tokens = np.array(ids[:length], np.int32)
+                self.model._executor.step([other], [length], tokens, [0])
+                mine, due = (np.empty(self.model._executor.kv_page_bytes, np.uint8) for _ in "12")
+                for page in range(length // PAGE):
+                    self.model._executor.take_page(sequence, page, mine)
+                    self.model._executor.take_page(other, page, due)
+                    assert (mine == due).all()
+        finally:
+            self.model._executor.close_sequence(other)
 
     def check(self) -> None:
         used = self.model._executor.kv_pages_used

@@ -22,7 +22,14 @@ from pliant.engine.prefixes import Prefixes, page_keys
 from pliant.engine.sampling import Sampling
 from pliant.engine.scheduler import Scheduler
 from pliant.engine.waiting import Waiting
-from pliant.errors import BudgetError, BusyError, DeadlineError, EngineError, UsageError
+from pliant.errors import (
+    BudgetError,
+    BusyError,
+    ChecksumError,
+    DeadlineError,
+    EngineError,
+    UsageError,
+)
 from pliant.sizes import parse_size
 from tiny import roomy, write_tiny_pack
 
@@ -137,7 +144,7 @@ def test_answers_are_the_same_as_alone_whatever_comes_and_goes(
         wanted.append(
             request(
                 start + random_ids(rng, rng.randrange(1, 150)),
-                rng.randrange(1, 60),
+                rng.randrange(1, 120),
                 temperature=rng.choice([0.0, 1.0]),
                 seed=number,
                 repetition_penalty=rng.choice([1.0, 1.2]),
@@ -167,6 +174,7 @@ def test_answers_are_the_same_as_alone_whatever_comes_and_goes(
             assert (last.finish_reason, tuple(answer.tokens)) == ("length", tokens)
     if pages == 14:
         assert scheduler.counters.preemptions > 0
+        assert scheduler.counters.resumed_tokens > 0
     assert scheduler.counters.cached_tokens > 0
     state = scheduler.state()
     assert (state.waiting, state.running) == (0, 0)
@@ -377,6 +385,126 @@ def test_a_keyed_turn_is_fair_after_an_idle_time() -> None:
     assert waiting.next(lambda _: True) is late
     assert waiting.remove(late)
     assert not waiting.remove(late)
+
+
+# --- set aside
+
+
+def crowd(
+    model: pliant.Model, fed: list[int] | None = None
+) -> tuple[Scheduler, list[Answer], list[int], list[tuple[int, ...]]]:
+    """Four answers that need more pages than there are: what they made, how many were seen on disk
+    at once, and what they make alone. `fed` gets the tokens of each step."""
+    limited(model, 16)
+    wanted = [request([i + 3] * 90, 200, seed=i, temperature=1.0) for i in range(4)]
+    expected = [alone(model, one) for one in wanted]
+    desk = Desk()
+    scheduler = Scheduler(model, desk.deliver)
+    parked: list[int] = []
+
+    def look(answer: Answer, piece: Piece) -> None:
+        parked.append(model._holdings.cache.parked[0])
+
+    desk.each = look
+    stepped = model._holdings.cache.stepped
+
+    def count(sequences: Any, counts: Any) -> None:
+        if fed is not None:
+            fed.append(sum(counts))
+        stepped(sequences, counts)
+
+    model._holdings.cache.stepped = count  # type: ignore[method-assign]
+    answers = scheduler.submit(wanted)
+    scheduler.start()
+    desk.wait(*answers)
+    scheduler.close()
+    assert model._executor.kv_pages_used == 0
+    assert model._holdings.cache.parked == (0, 0)
+    return scheduler, answers, parked, expected
+
+
+def test_who_is_set_aside_goes_to_disk_and_comes_back_without_computing(
+    model: pliant.Model,
+) -> None:
+    fed: list[int] = []
+    scheduler, answers, parked, expected = crowd(model, fed)
+    counters = scheduler.counters
+    assert max(parked) >= 1
+    assert counters.preemptions > 0
+    assert counters.resumed_tokens >= 90
+    assert counters.prompt_tokens == 4 * 90  # each prompt once
+    assert sum(fed) == 4 * (90 + 199)  # and each token once, but for the last of each answer
+    assert [tuple(answer.tokens) for answer in answers] == expected
+
+
+def test_who_is_set_aside_stays_in_memory_where_there_is_room(model: pliant.Model) -> None:
+    desk = Desk()
+    scheduler = Scheduler(model, desk.deliver, most_running=1)
+    plain = request("plain" * 20, 60, temperature=1.0, seed=3)
+    expected = alone(model, plain)
+    urgent: list[Answer] = []
+    seen: list[tuple[int, int]] = []
+
+    def interrupt(answer: Answer, piece: Piece) -> None:
+        if len(answer.tokens) == 50 and not urgent:
+            urgent.extend(scheduler.submit([request("urgent", 5, priority=-1)]))
+        seen.append(model._holdings.cache.parked)
+
+    desk.each = interrupt
+    scheduler.start()
+    slow = scheduler.submit([plain])[0]
+    desk.wait(slow)
+    assert desk.order == [urgent[0].number, slow.number]
+    assert tuple(slow.tokens) == expected
+    assert scheduler.counters.resumed_tokens >= 100 + 49
+    assert scheduler.counters.prompt_tokens == 100 + len("urgent")
+    assert set(seen) == {(0, 0)}
+    scheduler.close()
+
+
+@pytest.mark.parametrize("trouble", ["full", "unwritable", "damaged"])
+def test_what_disk_does_not_keep_is_computed_again(
+    model: pliant.Model, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    if trouble == "full":
+        monkeypatch.setattr("pliant.engine.cache._MOST_PARKED", 0)
+    elif trouble == "unwritable":
+
+        def refuse(*_: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("pliant.engine.parking._nameless", refuse)
+    else:
+
+        def break_(*_: Any) -> Any:
+            raise ChecksumError("it is not as it was written")
+
+        monkeypatch.setattr("pliant.engine.parking.Parked.read", break_)
+    scheduler, answers, _, expected = crowd(model)
+    assert scheduler.counters.preemptions > 0
+    assert scheduler.counters.prompt_tokens > 4 * 90
+    assert scheduler.counters.finished == {"length": 4}
+    assert [tuple(answer.tokens) for answer in answers] == expected
+
+
+def test_what_is_set_aside_can_be_cancelled(model: pliant.Model) -> None:
+    limited(model, 16)
+    desk = Desk()
+    scheduler = Scheduler(model, desk.deliver)
+    first, second = [request([i + 3] * 90, 300, seed=i) for i in range(2)]
+
+    def leave(answer: Answer, piece: Piece) -> None:
+        if model._holdings.cache.parked[0]:
+            scheduler.cancel(answers[1])
+
+    desk.each = leave
+    answers = scheduler.submit([first, second])
+    scheduler.start()
+    desk.wait(*answers)
+    assert scheduler.counters.finished == {"length": 1, "cancelled": 1}
+    scheduler.close()
+    assert model._executor.kv_pages_used == 0
+    assert model._holdings.cache.parked == (0, 0)
 
 
 # --- budgets

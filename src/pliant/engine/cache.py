@@ -6,8 +6,8 @@ pages as long as nobody needs the room: then those that were used longest ago go
 back when they are used. Pages that are kept for reuse and that nobody uses go before any of them.
 
 Two kinds go through here. A *session* holds what it was promised, whatever comes. An *answer* of
-the scheduler is promised its prompt and a page to go on in, and may have to give way: it loses its
-pages, keeps its claim on the context, and is computed again when there is room.
+the scheduler is promised its prompt and a page to go on in, and may be set aside: then it is idle
+as sessions are, keeps its claim on the context, and goes on later with what it had.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ Rank = tuple[int, int]
 """Which answers give way first: those with the largest."""
 
 
+_MOST_PARKED = 4 * 2**30
+"""Bytes that answers may take on disk. What would be more is computed again."""
+
+
 class CacheFull(EngineError):
     """No page is left, and none of the sessions that hold them is idle."""
 
@@ -37,7 +41,7 @@ class ParkedLost(EngineError):
     """What was parked cannot be read; the sequence is empty now."""
 
     def __init__(self, sequence: int, cause: Exception) -> None:
-        super().__init__(f"a parked session could not be brought back: {cause}")
+        super().__init__(f"what was parked could not be brought back: {cause}")
         self.sequence = sequence
 
 
@@ -45,12 +49,12 @@ class Keep(Enum):
     """What a smaller budget leaves in memory, in the order in which it is tried."""
 
     SESSIONS = "sessions"  # all that open sessions and answers have, but not kept prefixes
-    ANSWERS = "answers"  # what is in flight; idle sessions go to disk
+    ANSWERS = "answers"  # what is in flight; the rest goes to disk
     LEAST = "least"  # what was promised to sessions, and one answer at a time
 
 
 class _Entry:
-    __slots__ = ("claim", "keys", "length", "parked", "promised", "rank", "used")
+    __slots__ = ("claim", "keys", "known", "length", "parked", "promised", "rank", "used")
 
     def __init__(self) -> None:
         self.length = 0
@@ -61,6 +65,7 @@ class _Entry:
         self.rank: Rank | None = None  # None: a session
         self.claim = 0  # tokens that it may have in the end
         self.keys: list[bytes] = []  # its first pages, which others may use too
+        self.known: list[bytes] = []  # the same while it is parked, when they may have gone
 
 
 class Cache:
@@ -166,16 +171,47 @@ class Cache:
                 self._executor.drop_pages([page])
             entry.keys.append(key)
 
-    def give_way(self, sequence: int) -> None:
-        """Take the pages of an answer, until it is admitted again; its claim stays."""
+    def set_aside(self, sequence: int) -> None:
+        """End the promise of an answer until `resume`; its claim stays."""
         entry = self._entries[sequence]
         entry.claim = max(entry.claim, entry.length)
-        self._executor.truncate(sequence, 0)
-        self.prefixes.release(entry.keys)
-        entry.keys, entry.length, entry.promised = [], 0, None
+        entry.promised = None
+        self._clock += 1
+        entry.used = self._clock
+
+    def resume(self, sequence: int, tokens: int) -> bool:
+        """Promise room for `tokens` tokens in all to an answer that was set aside, and bring back
+        what is on disk. False, and no change: there is no room now. ParkedLost."""
+        entry = self._entries[sequence]
+        if entry.parked is None:
+            return self.reserve(sequence, tokens)
+        entry.keys = entry.known[: self.prefixes.count(entry.known)]
+        self._executor.adopt_pages(sequence, self.prefixes.acquire(entry.keys))
+        try:
+            if self.reserve(sequence, tokens):
+                self._bring_back(sequence, entry)
+                return True
+        except BaseException:
+            entry.promised = None
+            raise
+        finally:
+            if entry.promised is None:
+                self._executor.truncate(sequence, 0)
+                self.prefixes.release(entry.keys)
+                entry.keys = []
+        return False
+
+    def give_way(self, sequence: int) -> None:
+        """Forget what an answer has, until it is admitted again; its claim stays."""
+        self.set_aside(sequence)
+        self._empty(sequence)
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence, in memory or on disk."""
+        return self._entries[sequence].length
 
     def holds(self, sequence: int) -> bool:
-        """Whether a sequence is in flight; an answer that gave way is not."""
+        """Whether a sequence is in flight; an answer that was set aside is not."""
         return self._entries[sequence].promised is not None
 
     def promised(self, sequence: int) -> int:
@@ -225,29 +261,28 @@ class Cache:
 
     def needs(self, keep: Keep) -> tuple[int, int]:
         """The most tokens of one sequence and the pages of all that a plan must leave."""
-        context = promised = largest = idle = 0
+        context = promised = largest = 0
         for entry in list(self._entries.values()):  # also asked for without the turn
             tokens = max(entry.length, entry.promised or 0, entry.claim)
             if entry.rank is not None:
                 largest = max(largest, self._sizes.pages(tokens))
             elif entry.promised is not None:
                 promised += self._held(entry)
-            else:
-                idle += self._held(entry)
-                if keep is not Keep.SESSIONS or entry.parked is not None:
-                    continue
+            elif keep is not Keep.SESSIONS or entry.parked is not None:
+                continue
             context = max(context, tokens)
         least = promised + largest
         if keep is Keep.LEAST:
             return context, least
-        pages = self._taken() - self.prefixes.idle - (0 if keep is Keep.SESSIONS else idle)
-        return context, max(pages, least)
+        if keep is Keep.SESSIONS:
+            return context, max(self._taken() - self.prefixes.idle, least)
+        return context, max(self._needed(()), least)
 
     def limit(self, context: int, pages: int) -> None:
         """New limits, which leave what `needs` says of the least.
 
-        What is too much goes: kept prefixes, then idle sessions to disk, then answers give way, the
-        largest rank first. EngineError, and the old limits, if a session cannot be written.
+        What is too much goes: kept prefixes, then what is idle to disk, then answers are set aside,
+        the largest rank first. EngineError, and the old limits, if a session cannot be written.
         """
         before, self.pages = self.pages, pages
         try:
@@ -259,7 +294,7 @@ class Cache:
                 ]
                 if not found:
                     raise CacheFull(f"the sessions in flight need more than {pages} pages of KV")
-                self.give_way(max(found)[1])
+                self.set_aside(max(found)[1])
         except BaseException:
             self.pages = before
             raise
@@ -272,7 +307,7 @@ class Cache:
 
     @property
     def parked(self) -> tuple[int, int]:
-        """How many sessions are on disk, and how many bytes that takes there."""
+        """How many sessions and answers are on disk, and how many bytes that takes there."""
         files = [entry.parked for entry in self._entries.values() if entry.parked is not None]
         return len(files), sum(file.bytes for file in files)
 
@@ -291,37 +326,53 @@ class Cache:
 
     def _taken(self) -> int:
         """Pages in memory, each once, and those that were promised and are not there yet."""
-        taken = self._executor.kv_pages_used
-        for entry in list(self._entries.values()):
-            if entry.promised is not None:
-                there = 0 if entry.parked is not None else self._sizes.pages(entry.length)
-                taken += self._held(entry) - there
-        return taken
+        return self._executor.kv_pages_used + sum(map(self._to_come, list(self._entries.values())))
+
+    def _to_come(self, entry: _Entry) -> int:
+        """Pages that were promised to an entry and are not there yet."""
+        if entry.promised is None:
+            return 0
+        there = len(entry.keys) if entry.parked is not None else self._sizes.pages(entry.length)
+        return self._held(entry) - there
+
+    def _needed(self, keep: Collection[int]) -> int:
+        """What `_taken` would be with nothing kept for reuse, and with everything idle on disk that
+        is not among `keep`."""
+        pages, to_come = set[int](), 0
+        for sequence, entry in self._entries.items():
+            if sequence in keep or entry.promised is not None:
+                pages.update(self._executor.pages(sequence))
+                pages.update(self.prefixes.pages(entry.keys))
+                to_come += self._to_come(entry)
+        return len(pages) + to_come
 
     def _make_room(self, extra: int, keep: Collection[int]) -> bool:
-        """Give up kept prefixes and park idle sessions until `extra` more pages fit; False, and no
+        """Give up kept prefixes and park what is idle until `extra` more pages fit; False, and no
         change, if that is not enough."""
-        spare = self.pages - extra - self._taken()
-        if spare >= 0:
+        most = self.pages - extra
+        if self._taken() <= most:
             return True
+        if self._needed(keep) > most:
+            return False
         idle = [
             (entry.used, sequence)
             for sequence, entry in self._entries.items()
             if sequence not in keep and entry.promised is None and self._held(entry)
         ]
-        sessions = sum(self._held(self._entries[sequence]) for _, sequence in idle)
-        if spare + self.prefixes.idle + sessions < 0:
-            return False
-        spare += self.prefixes.evict(-spare)
-        for _, sequence in sorted(idle):
-            if spare >= 0:
-                break
-            spare += self._held(self._entries[sequence])
-            self._park(sequence)
+        idle.sort(reverse=True)
+        while (over := self._taken() - most) > 0:
+            if not self.prefixes.evict(over):
+                self._park(idle.pop()[1])
         return True
 
     def _park(self, sequence: int) -> None:
+        """Write a sequence to disk. An answer that cannot be written is emptied; EngineError for a
+        session."""
         entry, size = self._entries[sequence], self._sizes.kv_page_bytes
+        answer = entry.rank is not None
+        if answer and self.parked[1] + self._held(entry) * size > _MOST_PARKED:
+            self._empty(sequence)
+            return
 
         def pages() -> Iterator[Page]:
             buffer = np.empty(size, np.uint8)
@@ -331,25 +382,42 @@ class Cache:
 
         try:
             entry.parked = Parked(pages(), entry.length, size)
-        except OSError as error:
+        except (OSError, EngineError) as error:
+            if answer:
+                self._empty(sequence)
+                return
+            if isinstance(error, EngineError):
+                raise
             raise EngineError(
                 f"the KV cache of an idle session cannot be written to disk: {error.strerror}; "
                 "TMPDIR may name another folder"
             ) from error
         self._executor.truncate(sequence, 0)
+        self.prefixes.release(entry.keys)
+        entry.known, entry.keys = entry.keys, []
+
+    def _empty(self, sequence: int) -> None:
+        entry = self._entries[sequence]
+        if entry.parked is not None:
+            entry.parked.close()
+            entry.parked = None
+        self._executor.truncate(sequence, 0)
+        self.prefixes.release(entry.keys)
+        entry.keys, entry.known, entry.length = [], [], 0
 
     def _bring_back(self, sequence: int, entry: _Entry) -> None:
         parked, entry.parked = entry.parked, None
         assert parked is not None
         tokens, buffer = self._sizes.kv_page_tokens, np.empty(self._sizes.kv_page_bytes, np.uint8)
         try:
-            for page in range(self._sizes.pages(entry.length)):
+            for page in range(len(entry.keys), self._sizes.pages(entry.length)):
                 parked.read(page, buffer)
                 count = min(tokens, entry.length - page * tokens)
                 self._executor.put_page(sequence, count, buffer)
         except (OSError, ChecksumError) as error:
-            self._executor.truncate(sequence, 0)
-            entry.length = 0
+            self._empty(sequence)
             raise ParkedLost(sequence, error) from error
         finally:
             parked.close()
+        known, entry.known = entry.known, []
+        self.share(sequence, known)

@@ -7,7 +7,9 @@ that a step with it takes at most twice as long as one without.
 
 from __future__ import annotations
 
-__all__ = ["Pace"]
+from collections.abc import Sequence
+
+__all__ = ["Pace", "shares"]
 
 _WEIGHT = 0.3  # of a new observation
 _OUTLIER = 8.0  # an observation is believed up to this many times the estimate
@@ -61,6 +63,20 @@ class Pace:
         elif self._alone is not None:
             rest = max(seconds - self._alone, 0.1 * seconds)
             self._token = _blend(self._token, max(rest / prompt_tokens, 1e-9))
+
+
+def shares(todo: Sequence[int], allowance: int) -> list[int]:
+    """Tokens for each of the prompts that are being read, oldest first, of which `todo` are left:
+    half of the allowance for the oldest, the rest for the shortest."""
+    counts = [0] * len(todo)
+    others = sorted(range(1, len(todo)), key=lambda at: todo[at])
+    turns = [(0, -(-allowance // 2) if others else allowance)]
+    turns += [(at, allowance) for at in (*others, 0)]
+    for at, most in turns:
+        count = min(todo[at] - counts[at], most, allowance)
+        allowance -= count
+        counts[at] += count
+    return counts
 
 
 def _blend(old: float | None, new: float) -> float:

@@ -85,6 +85,10 @@ class Prefixes:
             pages.append(entry.page)
         return pages
 
+    def pages(self, keys: Sequence[bytes]) -> list[int]:
+        """The numbers of pages that are there."""
+        return [self._entries[key].page for key in keys]
+
     def insert(self, key: bytes, page: int) -> bool:
         """Keep a page that the caller uses and has held for it. False if there is one already,
         which the caller uses from now on instead of having its own kept."""

@@ -20,11 +20,11 @@ from pliant.server.prepare import (
     ToolUse,
     finish_reason,
     quality,
-    quality_headers,
     usage_of,
+    wants_usage,
 )
 from pliant.server.problems import Problem
-from pliant.server.replies import Events, collect, event, json_reply, piece_problem, while_here
+from pliant.server.replies import Events, collect, event, made_reply, piece_problem, while_here
 from pliant.server.schema import ChatRequest, Message, NamedTool, Part, parse
 from pliant.server.tools import Call, new_id
 
@@ -38,8 +38,7 @@ async def chat_completions(request: Request) -> Response:
     kitchen.check_name(asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise Problem(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    if asked.stream_options is not None and not asked.stream:
-        raise Problem(400, "stream_options needs stream: true", param="stream_options")
+    usage = wants_usage(asked)
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
         raise Problem(400, "max_tokens and max_completion_tokens are the same: give one of them",
                       param="max_tokens")  # fmt: skip
@@ -65,10 +64,7 @@ async def chat_completions(request: Request) -> Response:
     reply = _Reply(kitchen, flow, use, bool(asked.logprobs))
     note(request, answers=flow.answers, user=asked.user)
     if asked.stream:
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        depth = kitchen.model.depth
-        headers = quality_headers(depth.bits_per_weight, depth.expected_kl)
-        return Events(reply.events(usage), flow, headers)
+        return Events(reply.events(usage), flow, kitchen.quality_now())
     return await while_here(request, reply.whole())
 
 
@@ -106,17 +102,14 @@ class _Reply:
                     "finish_reason": "tool_calls" if calls else finish_reason(one.reason),
                 }
             )
-        made = quality(self._flow.answers)
         body = {
             **self._head,
             "object": "chat.completion",
             "choices": choices,
             "usage": usage_of(self._flow.answers, 1),
-            "pliant": made,
+            "pliant": quality(self._flow.answers),
         }
-        return json_reply(
-            body, headers=quality_headers(made["bits_per_weight"], made["expected_kl"])
-        )
+        return made_reply(body)
 
     async def events(self, usage: bool) -> AsyncIterator[bytes]:
         """The answer as it comes."""

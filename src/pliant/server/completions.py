@@ -12,9 +12,9 @@ from starlette.responses import Response
 from pliant.engine.answers import Choice
 from pliant.server.bridge import Flow
 from pliant.server.guard import body_of, note, who_asks
-from pliant.server.prepare import Kitchen, finish_reason, quality, quality_headers, usage_of
+from pliant.server.prepare import Kitchen, finish_reason, quality, usage_of, wants_usage
 from pliant.server.problems import Problem
-from pliant.server.replies import Events, collect, event, json_reply, piece_problem, while_here
+from pliant.server.replies import Events, collect, event, made_reply, piece_problem, while_here
 from pliant.server.schema import CompletionRequest, parse
 from pliant.server.tools import new_id
 
@@ -29,8 +29,7 @@ async def completions(request: Request) -> Response:
     kitchen: Kitchen = request.app.state.kitchen
     asked = parse(body_of(request), CompletionRequest)
     kitchen.check_name(asked.model)
-    if asked.stream_options is not None and not asked.stream:
-        raise Problem(400, "stream_options needs stream: true", param="stream_options")
+    usage = wants_usage(asked)
     prompts = await kitchen.bridge.work(prompts_of, kitchen, asked.prompt)
     n = asked.n or 1
     if n * len(prompts) > MOST_PROMPTS:
@@ -49,10 +48,7 @@ async def completions(request: Request) -> Response:
     note(request, answers=flow.answers, user=asked.user)
     reply = _Reply(kitchen, flow, len(prompts), asked.logprobs is not None)
     if asked.stream:
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        depth = kitchen.model.depth
-        headers = quality_headers(depth.bits_per_weight, depth.expected_kl)
-        return Events(reply.events(usage), flow, headers)
+        return Events(reply.events(usage), flow, kitchen.quality_now())
     return await while_here(request, reply.whole())
 
 
@@ -112,12 +108,13 @@ class _Reply:
             }
             for index, one in enumerate(await collect(self._flow))
         ]
-        made = quality(self._flow.answers)
-        usage = usage_of(self._flow.answers, self._prompts)
-        return json_reply(
-            {**self._head, "choices": choices, "usage": usage, "pliant": made},
-            headers=quality_headers(made["bits_per_weight"], made["expected_kl"]),
-        )
+        body = {
+            **self._head,
+            "choices": choices,
+            "usage": usage_of(self._flow.answers, self._prompts),
+            "pliant": quality(self._flow.answers),
+        }
+        return made_reply(body)
 
     async def events(self, usage: bool) -> AsyncIterator[bytes]:
         """The answers as they come."""

@@ -15,9 +15,9 @@ from pliant.engine.kinds import DepthTrack
 from pliant.engine.seam import Floats
 from pliant.server.completions import prompts_of
 from pliant.server.guard import body_of, note
-from pliant.server.prepare import Kitchen, quality_headers
+from pliant.server.prepare import Kitchen
 from pliant.server.problems import Problem
-from pliant.server.replies import json_reply, while_here
+from pliant.server.replies import made_reply, while_here
 from pliant.server.schema import EmbeddingsRequest, parse
 
 __all__ = ["embeddings"]
@@ -44,20 +44,19 @@ async def embeddings(request: Request) -> Response:
         vectors = await while_here(request, kitchen.bridge.work_long(make))
     finally:
         left.set()
-    made, tokens = track.values(), sum(map(len, prompts))
+    tokens = sum(map(len, prompts))
     data = [
         {"object": "embedding", "index": index, "embedding": _spelled(vector, asked)}
         for index, vector in enumerate(vectors)
     ]
-    return json_reply(
+    return made_reply(
         {
             "object": "list",
             "data": data,
             "model": kitchen.name,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-            "pliant": made,
-        },
-        headers=quality_headers(made["bits_per_weight"], made["expected_kl"]),
+            "pliant": track.values(),
+        }
     )
 
 

@@ -75,6 +75,7 @@ class Metrics:
             ("steps", "Steps of the model.", counters.steps),
             ("step_seconds", "Time of all steps.", counters.step_seconds),
             ("preemptions", "Answers that lost their place for a while.", counters.preemptions),
+            ("resumed_tokens", "Tokens that these had when they went on.", counters.resumed_tokens),
         ):
             yield CounterMetricFamily(f"pliant_{name}", text, value=value)
         ended = CounterMetricFamily("pliant_answers", "Answers that ended.", labels=["reason"])
@@ -96,6 +97,7 @@ class Metrics:
         for name, text, value in (
             ("waiting", "Answers in the queue.", state.waiting),
             ("running", "Answers in work.", state.running),
+            ("parked_bytes", "KV on disk, of sessions and answers.", report.parked_bytes),
             ("resident_bytes", "Resident set of the process.", report.resident),
             ("resident_peak_bytes", "The most it ever was.", report.peak),
             ("budget_bytes", "The budget; 0 without one.", report.budget or 0),

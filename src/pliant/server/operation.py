@@ -59,14 +59,13 @@ async def model(request: Request) -> Response:
 
 def _model(request: Request) -> dict[str, Any]:
     kitchen = _kitchen(request)
-    depth = kitchen.model.depth
     return {
         "id": kitchen.name,
         "object": "model",
         "created": request.app.state.started,
         "owned_by": "pliant",
         "context": kitchen.model.context,
-        "pliant": {"bits_per_weight": depth.bits_per_weight, "expected_kl": depth.expected_kl},
+        "pliant": kitchen.quality_now(),
     }
 
 

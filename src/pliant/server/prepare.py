@@ -22,8 +22,8 @@ __all__ = [
     "ToolUse",
     "finish_reason",
     "quality",
-    "quality_headers",
     "usage_of",
+    "wants_usage",
 ]
 
 T = TypeVar("T")
@@ -63,6 +63,11 @@ class Kitchen:
         self.name = name
         self.compiler = compiler
         self.style = style_of(self.model.template_source)
+
+    def quality_now(self) -> dict[str, float | None]:
+        """With what the next step is made."""
+        depth = self.model.depth
+        return {"bits_per_weight": depth.bits_per_weight, "expected_kl": depth.expected_kl}
 
     def check_name(self, name: str | None) -> None:
         """Refuse the name of another model."""
@@ -262,14 +267,13 @@ def quality(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def quality_headers(bits: float | None, kl: float | None) -> dict[str, str]:
-    """The same in the headers of an answer."""
-    headers = {}
-    if bits is not None:
-        headers["Pliant-Bits-Per-Weight"] = f"{bits:.4f}"
-    if kl is not None:
-        headers["Pliant-Expected-KL"] = f"{kl:.6g}"
-    return headers
+def wants_usage(asked: schema.ChatRequest | schema.CompletionRequest) -> bool:
+    """Whether a stream shall end with its tokens; a Problem if that is asked of no stream."""
+    if asked.stream_options is None:
+        return False
+    if not asked.stream:
+        raise Problem(400, "stream_options needs stream: true", param="stream_options")
+    return asked.stream_options.include_usage
 
 
 def usage_of(answers: Sequence[Answer], prompts: int) -> dict[str, Any]:

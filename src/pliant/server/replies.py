@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -18,7 +18,16 @@ from pliant.errors import EngineError, PliantError
 from pliant.server.bridge import Flow
 from pliant.server.problems import Problem, problem_of
 
-__all__ = ["Events", "Gathered", "collect", "event", "json_reply", "piece_problem", "while_here"]
+__all__ = [
+    "Events",
+    "Gathered",
+    "collect",
+    "event",
+    "json_reply",
+    "made_reply",
+    "piece_problem",
+    "while_here",
+]
 
 T = TypeVar("T")
 
@@ -33,6 +42,22 @@ def json_reply(
 ) -> Response:
     """An answer in JSON."""
     return Response(_encoder.encode(value), status, dict(headers or {}), "application/json")
+
+
+def made_reply(body: Mapping[str, Any]) -> Response:
+    """A whole answer, with the quality in its field `pliant` in the headers too."""
+    return json_reply(body, headers=_quality_headers(body["pliant"]))
+
+
+def _quality_headers(made: Mapping[str, Any]) -> dict[str, str]:
+    """With what an answer was made, for its headers: `bits_per_weight` and `expected_kl`, where
+    they are known."""
+    headers = {}
+    if made["bits_per_weight"] is not None:
+        headers["Pliant-Bits-Per-Weight"] = f"{made['bits_per_weight']:.4f}"
+    if made["expected_kl"] is not None:
+        headers["Pliant-Expected-KL"] = f"{made['expected_kl']:.6g}"
+    return headers
 
 
 def event(value: object, name: str | None = None) -> bytes:
@@ -102,7 +127,7 @@ async def while_here(request: Request, work: Awaitable[T]) -> T:
 
 class Events(Response):
     """A stream of server-sent events that ends with its client. An error after the beginning is an
-    event too."""
+    event too. `made`: the quality at the beginning, for the headers."""
 
     media_type = "text/event-stream"
 
@@ -110,13 +135,12 @@ class Events(Response):
         self,
         events: AsyncIterator[bytes],
         flow: Flow,
-        headers: Mapping[str, str],
+        made: Mapping[str, Any],
         *,
         last: bytes = b"data: [DONE]\n\n",
     ) -> None:
-        super().__init__(
-            None, 200, {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers}
-        )
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(None, 200, {**headers, **_quality_headers(made)})
         del self.headers["content-length"]
         self._events = events
         self._flow = flow

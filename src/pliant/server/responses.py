@@ -14,9 +14,9 @@ from pliant.server import schema
 from pliant.server.bridge import Flow
 from pliant.server.chat import template_messages, text_of
 from pliant.server.guard import body_of, note, who_asks
-from pliant.server.prepare import Form, Kitchen, ToolUse, quality, quality_headers
+from pliant.server.prepare import Form, Kitchen, ToolUse, quality
 from pliant.server.problems import Problem
-from pliant.server.replies import Events, collect, event, json_reply, piece_problem, while_here
+from pliant.server.replies import Events, collect, event, made_reply, piece_problem, while_here
 from pliant.server.schema import ResponsesRequest, parse
 from pliant.server.tools import Call, new_id
 
@@ -49,9 +49,7 @@ async def responses(request: Request) -> Response:
     note(request, answers=flow.answers, user=asked.user)
     reply = _Reply(kitchen, flow, use, asked)
     if asked.stream:
-        depth = kitchen.model.depth
-        headers = quality_headers(depth.bits_per_weight, depth.expected_kl)
-        return Events(reply.events(), flow, headers, last=b"")
+        return Events(reply.events(), flow, kitchen.quality_now(), last=b"")
     return await while_here(request, reply.whole())
 
 
@@ -129,11 +127,7 @@ class _Reply:
         """The answer in one piece."""
         one = (await collect(self._flow))[0]
         text, calls = self._parted("".join(one.text))
-        body = self._done(text, calls, one.reason)
-        made = body["pliant"]
-        return json_reply(
-            body, headers=quality_headers(made["bits_per_weight"], made["expected_kl"])
-        )
+        return made_reply(self._done(text, calls, one.reason))
 
     async def events(self) -> AsyncIterator[bytes]:
         """The answer as it comes."""

@@ -77,6 +77,7 @@ Unit = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Name = Annotated[str, Meta(max_length=256)]
+FunctionName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
 Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 Stops = Stop | Annotated[list[Stop], Meta(max_length=16)] | None
 
@@ -144,7 +145,7 @@ class Message(_Base):
 
 
 class Function(_Base):
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -253,7 +254,7 @@ class TextOptions(_Base):
 
 class ResponsesTool(_Base):
     type: Literal["function"]
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
