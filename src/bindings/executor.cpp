@@ -275,6 +275,8 @@ void init_executor(nb::module_& module) {
             "set_kv_level", [](Executor& self, int rungs) { self.kv.set_level(rungs); },
             nb::arg("rungs"))
         .def(
+            "code_newest", [](Executor& self, bool on) { self.kv.code_newest = on; }, nb::arg("on"))
+        .def(
             "page_rungs",
             [](const Executor& self, const std::vector<int>& pages) {
                 std::vector<int> rungs;

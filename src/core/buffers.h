@@ -78,17 +78,23 @@ struct OutputBuffer {
 // groups.
 struct AttentionRoom {
     explicit AttentionRoom(size_t head)
-        : coded(kMaxQueries, static_cast<int>(head)),
-          head_(head),
+        : head_(head),
           data_(kMaxQueries * 4 * head),
-          scalars_(kMaxQueries * 6) {}
-    size_t bytes() const { return coded.bytes() + data_.bytes() + scalars_.bytes(); }
+          scalars_(kMaxQueries * 6),
+          x_(kMaxQueries * head),
+          sum_(kMaxQueries * head / kHalf),
+          scale_(kMaxQueries * head / kGroup + kMaxQueries) {}
+    size_t bytes() const {
+        return data_.bytes() + scalars_.bytes() + x_.bytes() + sum_.bytes() + scale_.bytes();
+    }
     float* query(int slot) const { return data_.data() + static_cast<size_t>(slot) * head_; }
     Attended sum(int slot) const { return attended(1, slot); }
     Attended more(int slot) const { return attended(2, slot); }
     Attended newest(int slot) const { return attended(3, slot); }
-
-    InputBuffer coded;  // the queries for coded pages
+    CodedQueries coded() const {
+        return {x_.data(), sum_.data(), scale_.data(),
+                scale_.data() + kMaxQueries * head_ / kGroup};
+    }
 
   private:
     Attended attended(int kind, int slot) const {
@@ -97,6 +103,9 @@ struct AttentionRoom {
     }
     size_t head_;
     Aligned<float> data_, scalars_;
+    Aligned<int8_t> x_;
+    Aligned<int32_t> sum_;
+    Aligned<float> scale_;
 };
 
 struct Executor::Buffers {

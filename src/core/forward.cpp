@@ -389,12 +389,9 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
 
     if (e_.kv.ladder.present()) {
         const Turn turn = e_.kv.ladder.turn(l, task.kv_head, false);
-        Prepared coded = room.coded.prepared(e_.kv.ladder.groups());
-        float* turned = room.coded.row(0);
-        for (int slot = 0; slot < count; ++slot) {
-            for (int i = 0; i < m_.head_dim; ++i) turned[i] = queries[slot][i] * turn.inverse[i];
-            kernels_.prepare(turned, turn.order, m_.head_dim, false, &coded, slot);
-        }
+        for (int slot = 0; slot < count; ++slot)
+            kernels_.turn_query(turn, m_.head_dim, e_.kv.ladder.groups(), queries[slot], slot,
+                                room.coded());
     }
     for (int part = first_part; part <= last_part; ++part) {
         Attended drawn[kMaxQueries];
@@ -428,7 +425,11 @@ void Forward::attend_part(Worker& w, int l, int kv_head, int sequence, int part,
     const KvLadder& ladder = e_.kv.ladder;
     const int window = at(m_.layer_window, l), newest = latest / kPageTokens;
     const int begin = part * kPartPages, end = std::min(newest + 1, begin + kPartPages);
-    const int exact = ladder.present() ? std::max(begin, std::min(end, newest)) : begin;
+    // How many pages are seen coded.
+    const bool all =
+        e_.kv.code_newest && !singles_ && (newest + 1) * kPageTokens <= e_.kv.length(sequence);
+    const int coded = newest + (all ? 1 : 0);
+    const int exact = ladder.present() ? std::max(begin, std::min(end, coded)) : begin;
     if (begin < exact) {
         const std::vector<int>& pages = e_.kv.pages(sequence);
         w.slots.clear();
@@ -437,8 +438,8 @@ void Forward::attend_part(Worker& w, int l, int kv_head, int sequence, int part,
             w.slots.push_back(e_.kv.slot(at(pages, page)));
             w.depths.push_back(ladder.depths(e_.kv.rungs(at(pages, page))));
         }
-        const Prepared coded = room.coded.prepared(ladder.groups());
-        kernels_.attend_coded({ladder.groups(), count, &coded, positions, window, begin,
+        const CodedQueries coded_queries = room.coded();
+        kernels_.attend_coded({ladder.groups(), count, &coded_queries, positions, window, begin,
                                exact - begin, w.slots.data(), w.depths.data(), ladder.places(),
                                ladder.unit(l, kv_head, false), ladder.unit(l, kv_head, true),
                                &e_.weights.levels, m_.attn_softcap, drawn});

@@ -45,6 +45,9 @@ class KvCache {
     void extend(int sequence, int tokens);
 
     KvLadder ladder;
+    // To measure the worst case: tokens of a prompt see also the page that they are in coded, if
+    // their chunk fills it.
+    bool code_newest = false;
     // With a ladder: how many rungs pages get that are coded from now on.
     int level() const { return level_; }
     void set_level(int rungs);

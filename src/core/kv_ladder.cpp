@@ -8,7 +8,7 @@
 namespace pliant {
 
 namespace {
-constexpr uint64_t kUnitPly = kGroup * kPageTokens / 8;  // bytes of one ply of one unit
+constexpr uint64_t kUnitPly = kHalf * kPageTokens / 8;  // bytes of one ply of one unit
 uint64_t whole_pages(uint64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 }  // namespace
 
@@ -17,12 +17,12 @@ KvLadder::KvLadder(const ModelSpec& model)
       kv_heads_(model.kv_heads),
       head_dim_(model.head_dim),
       groups_((model.head_dim + kGroup - 1) / kGroup),
-      units_(model.layers * model.kv_heads * 2 * groups_) {}
+      units_(model.layers * model.kv_heads * 2 * groups_ * 2) {}
 
 void KvLadder::set(const std::vector<uint32_t>& units, const std::vector<uint32_t>& plies,
                    const float* thresholds) {
     const size_t count = static_cast<size_t>(units_);
-    std::vector<uint64_t> ends{whole_pages(count * kPageTokens)};
+    std::vector<uint64_t> ends{whole_pages(count / 2 * kPageTokens)};
     std::vector<uint8_t> depth(count, 0), depths(count, 0);
     std::vector<uint32_t> places(count * kMaxDepth, 0);
     size_t at = 0;

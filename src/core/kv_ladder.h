@@ -1,9 +1,10 @@
 // Pages of the KV cache in plies: how keys and values are turned, which plies a rung has, and where
 // they are in a slot. docs/kv.md.
 //
-// A unit is the keys, or the values, of one layer, one KV head and 64 channels, of the 64 tokens of
-// a page. Its plies and its scale codes lie in the slot of the page: first the codes of all units,
-// then rung after rung, each from a multiple of 4096 on. So a page loses its last rung in place.
+// A unit is the keys, or the values, of one layer, one KV head and 32 channels, of the 32 tokens of
+// a page. Two neighbours are a group, and share a scale for each token. In the slot of a page come
+// first the codes of the scales of all groups, then rung after rung, each from a multiple of 4096
+// on. So a page loses its last rung in place.
 #pragma once
 
 #include <cstdint>
@@ -32,9 +33,9 @@ class KvLadder {
 
     int groups() const { return groups_; }
     int units() const { return units_; }
-    // The unit of group 0.
+    // The first unit of a head.
     int unit(int layer, int head, bool value) const {
-        return ((layer * kv_heads_ + head) * 2 + (value ? 1 : 0)) * groups_;
+        return ((layer * kv_heads_ + head) * 2 + (value ? 1 : 0)) * groups_ * 2;
     }
     int rungs() const { return static_cast<int>(ends_.size()) - 1; }
     // Where a slot of so many rungs ends; 0: its scale codes alone.

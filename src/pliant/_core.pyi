@@ -148,6 +148,8 @@ class Executor:
         order: npt.NDArray[np.uint16],
     ) -> None:
         """How the keys or values of a KV head are turned before they are coded: [head_dim]."""
+    def code_newest(self, on: bool) -> None:
+        """Let tokens of prompts see all pages coded that a chunk fills: the worst case."""
     def page_rungs(self, pages: list[int]) -> list[int]:
         """The rungs of pages; 0: exact."""
     def shallow(self, page: int, rungs: int) -> int:
@@ -175,9 +177,7 @@ class Executor:
         """Rungs (0: exact) and bytes of a page of a sequence, as `take_page` gives it."""
     def take_page(self, seq: int, page: int, into: npt.NDArray[np.uint8]) -> None:
         """Copy a page of a sequence, uint8 [its bytes]."""
-    def put_page(
-        self, seq: int, tokens: int, from_: npt.NDArray[np.uint8], rungs: int = 0
-    ) -> None:
+    def put_page(self, seq: int, tokens: int, from_: npt.NDArray[np.uint8], rungs: int = 0) -> None:
         """Append a page that was taken, with the first `tokens` of its tokens."""
     @overload
     def step(

@@ -185,33 +185,43 @@ struct Scales {
     }
 };
 
+// The product of a unit with vectors of int8, if it has any plies.
+bool multiply(const CodedAttention& a, const uint8_t* slot, const uint8_t* depths, int unit,
+              const int8_t* x, const int32_t* sum, int32_t* out) {
+    const int depth = depths[unit];
+    if (depth > 0)
+        page_product({slot, a.places + unit * kMaxDepth, depth, a.levels, a.queries, x, sum, out});
+    return depth > 0;
+}
+
 // Adds the scores of one group of channels to p.
-void add_scores(const CodedAttention& a, const uint8_t* slot, int depth, int group,
+void add_scores(const CodedAttention& a, const uint8_t* slot, const uint8_t* depths, int group,
                 float (*p)[kPageTokens]) {
-    const int unit = a.keys + group;
-    const size_t first = a.q->at(group, 0);
     alignas(64) int32_t products[kMaxQueries * kPageTokens];
-    page_product({false, slot, a.places + unit * kMaxDepth, depth, a.levels, a.queries,
-                  a.q->hi + first * kGroup, a.q->sum_hi + first, products});
-    const Scales scales(slot + unit * kPageTokens);
-    for (int q = 0; q < a.queries; ++q) {
-        const V factor = set1(a.q->scale[first + static_cast<size_t>(q)] * a.levels->scale[depth]);
-        const int32_t* product = products + q * kPageTokens;
-        store(p[q], fma(mul(load_int(product), scales.first), factor, load(p[q])));
-        store(p[q] + kLanes,
-              fma(mul(load_int(product + kLanes), scales.second), factor, load(p[q] + kLanes)));
+    const Scales scales(slot + (a.keys + 2 * group) * 16);
+    for (int half = 2 * group; half < 2 * group + 2; ++half) {
+        const int8_t* x = a.q->x + half * kMaxQueries * kHalf;
+        const int32_t* sum = a.q->sum + half * kMaxQueries;
+        if (!multiply(a, slot, depths, a.keys + half, x, sum, products)) continue;
+        const float level = a.levels->scale[depths[a.keys + half]];
+        for (int q = 0; q < a.queries; ++q) {
+            const V factor = set1(a.q->scale[group * kMaxQueries + q] * level);
+            const int32_t* product = products + q * kPageTokens;
+            store(p[q], fma(mul(load_int(product), scales.first), factor, load(p[q])));
+            store(p[q] + kLanes,
+                  fma(mul(load_int(product + kLanes), scales.second), factor, load(p[q] + kLanes)));
+        }
     }
 }
 
 // Adds the weighted values of one group of channels to what was drawn before, times alpha.
-void add_values(const CodedAttention& a, const uint8_t* slot, int depth, int group,
+void add_values(const CodedAttention& a, const uint8_t* slot, const uint8_t* depths, int group,
                 const float (*p)[kPageTokens], const float* alpha) {
-    const int unit = a.values + group;
     alignas(64) int8_t x[kMaxQueries * kPageTokens];
-    alignas(64) int32_t products[kMaxQueries * kGroup];
+    alignas(64) int32_t products[kMaxQueries * kHalf];
     int32_t sums[kMaxQueries];
     float factors[kMaxQueries];
-    const Scales scales(slot + unit * kPageTokens);
+    const Scales scales(slot + (a.values + 2 * group) * 16);
     for (int q = 0; q < a.queries; ++q) {
         const V w0 = mul(load(p[q]), scales.first), w1 = mul(load(p[q] + kLanes), scales.second);
         const float peak = largest(max(w0, w1));  // none is negative
@@ -229,16 +239,21 @@ void add_values(const CodedAttention& a, const uint8_t* slot, int depth, int gro
             sum += whole[i];
         }
         sums[q] = sum;
-        factors[q] = peak * (1.0f / 127.0f) * a.levels->scale[depth];
+        factors[q] = peak * (1.0f / 127.0f);
     }
-    page_product(
-        {true, slot, a.places + unit * kMaxDepth, depth, a.levels, a.queries, x, sums, products});
-    for (int q = 0; q < a.queries; ++q) {
-        float* to = a.out[q].values + group * kGroup;
-        const V factor = set1(factors[q]), before = set1(alpha[q]);
-        for (int i = 0; i < kGroup; i += kLanes)
-            store(to + i,
-                  fma(load_int(products + q * kGroup + i), factor, mul(load(to + i), before)));
+    for (int half = 0; half < 2; ++half) {
+        const int unit = a.values + 2 * group + half;
+        const bool some = multiply(a, slot, depths, unit, x, sums, products);
+        const float level = a.levels->scale[depths[unit]];
+        for (int q = 0; q < a.queries; ++q) {
+            float* to = a.out[q].values + group * kGroup + half * kHalf;
+            const V factor = set1(factors[q] * level), before = set1(alpha[q]);
+            for (int i = 0; i < kHalf; i += kLanes) {
+                V value = mul(load(to + i), before);
+                if (some) value = fma(load_int(products + q * kHalf + i), factor, value);
+                store(to + i, value);
+            }
+        }
     }
 }
 
@@ -252,23 +267,12 @@ void attend_coded(const CodedAttention& a) {
     for (int page = seen.begin; page < seen.end; ++page) {
         const uint8_t* slot = a.slot[page - a.first_page];
         const uint8_t* depths = a.depths[page - a.first_page];
-        for (int q = 0; q < a.queries; ++q) std::fill(p[q], p[q] + kPageTokens, 0.0f);
-        for (int g = 0; g < a.groups; ++g)
-            if (depths[a.keys + g] > 0) add_scores(a, slot, depths[a.keys + g], g, p);
+        for (int q = 0; q < a.queries; ++q) std::fill(p[q], p[q] + kPageTokens, a.q->mean[q]);
+        for (int g = 0; g < a.groups; ++g) add_scores(a, slot, depths, g, p);
         for (int q = 0; q < a.queries; ++q)
             alpha[q] =
                 softmax[q].take(p[q], page * kPageTokens, a.position[q], a.window, a.softcap);
-        for (int g = 0; g < a.groups; ++g) {
-            if (depths[a.values + g] > 0) {
-                add_values(a, slot, depths[a.values + g], g, p, alpha);
-                continue;
-            }
-            for (int q = 0; q < a.queries; ++q) {  // nothing but the mean
-                float* to = a.out[q].values + g * kGroup;
-                for (int i = 0; i < kGroup; i += kLanes)
-                    store(to + i, mul(load(to + i), set1(alpha[q])));
-            }
-        }
+        for (int g = 0; g < a.groups; ++g) add_values(a, slot, depths, g, p, alpha);
     }
     for (int q = 0; q < a.queries; ++q) {
         *a.out[q].best = softmax[q].best;

@@ -188,24 +188,19 @@ template <int N>
 void page_depth(const PlyProduct& p) {
     const uint8_t* planes[N];
     for (int i = 0; i < N; ++i) planes[i] = p.slot + p.places[i];
-    const int rows = p.values ? 64 : 32, columns = p.values ? 32 : 64;
-    for (int first = 0; first < rows; first += 8) {
-        __m256i sums[kMaxQueries];
+    for (int first = 0; first < kHalf; first += 8) {
+        __m256i sums[kMaxQueries], lower[8], upper[8];
         for (int v = 0; v < p.vectors; ++v) sums[v] = _mm256_setzero_si256();
-        for (int h = 0; h < columns / 32; ++h) {
-            __m256i lower[8], upper[8];
-            const int vector = first / 16 * (columns / 32) + h;
-            collect<N>(planes, static_cast<size_t>(64 * vector + 4 * (first % 16)), lower, upper);
-            for (int j = 0; j < 8; ++j) {
-                __m256i u = N > 4 ? upper[j] : lower[j];
-                if constexpr (N == 7) u = _mm256_and_si256(u, bytes(0x0E));
-                const __m256i w = look_up<N>(p.levels->hi[N], lower[j], u);
-                for (int v = 0; v < p.vectors; ++v)
-                    sums[v] = dot(sums[v], w, broadcast(p.x + v * columns + 32 * h + 4 * j));
-            }
+        collect<N>(planes, static_cast<size_t>(4 * first), lower, upper);
+        for (int j = 0; j < 8; ++j) {
+            __m256i u = N > 4 ? upper[j] : lower[j];
+            if constexpr (N == 7) u = _mm256_and_si256(u, bytes(0x0E));
+            const __m256i w = look_up<N>(p.levels->hi[N], lower[j], u);
+            for (int v = 0; v < p.vectors; ++v)
+                sums[v] = dot(sums[v], w, broadcast(p.x + v * kHalf + 4 * j));
         }
         for (int v = 0; v < p.vectors; ++v)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.out + v * rows + first), sums[v]);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.out + v * kHalf + first), sums[v]);
     }
 }
 

@@ -167,77 +167,72 @@ void all_tokens(const CodedProduct& p, int g, const uint8_t* wh, const uint8_t* 
     }
 }
 
-// Sums of Q vectors with 16 rows of a page.
-template <int Q, int Rows, int Columns>
+// Sums of Q vectors with 16 rows of a unit of a page.
+template <int Q>
 struct PageSums {
     __m512i sum;
-    PageSums<Q - 1, Rows, Columns> rest;
+    PageSums<Q - 1> rest;
     PLIANT_INLINE void start(const int32_t* sums) {
         sum = _mm512_set1_epi32(-128 * *sums);
         rest.start(sums + 1);
     }
     PLIANT_INLINE void add(__m512i w, const int8_t* x) {
         add_product(sum, w, broadcast(x));
-        rest.add(w, x + Columns);
+        rest.add(w, x + kHalf);
     }
     PLIANT_INLINE void write(int32_t* out) const {
         _mm512_storeu_si512(out, sum);
-        rest.write(out + Rows);
+        rest.write(out + kHalf);
     }
 };
-template <int Rows, int Columns>
-struct PageSums<0, Rows, Columns> {
+template <>
+struct PageSums<0> {
     PLIANT_INLINE void start(const int32_t*) {}
     PLIANT_INLINE void add(__m512i, const int8_t*) {}
     PLIANT_INLINE void write(int32_t*) const {}
 };
 
-template <int N, int Q, bool Values>
+template <int N, int Q>
 void page_vectors(const PlyProduct& p) {
-    constexpr int kRows = Values ? 64 : 32, kColumns = Values ? 32 : 64;
     const Table<N> table(p.levels->hi[N], 0x80);
     const uint8_t* planes[N];
     for (int i = 0; i < N; ++i) planes[i] = p.slot + p.places[i];
-    for (int tile = 0; tile < kRows / 16; ++tile) {
-        PageSums<Q, kRows, kColumns> sums;
+    for (int tile = 0; tile < 2; ++tile) {
+        PageSums<Q> sums;
         sums.start(p.sum);
-        repeat<kColumns / 32>([&]<int h>() PLIANT_LAMBDA {
-            __m512i index[8];
-            collect<N>(planes, static_cast<size_t>(64 * (tile * (kColumns / 32) + h)), index);
-            repeat<8>([&]<int j>()
-                          PLIANT_LAMBDA { sums.add(table(index[j]), p.x + 32 * h + 4 * j); });
-        });
+        __m512i index[8];
+        collect<N>(planes, static_cast<size_t>(64 * tile), index);
+        repeat<8>([&]<int j>() PLIANT_LAMBDA { sums.add(table(index[j]), p.x + 4 * j); });
         sums.write(p.out + 16 * tile);
     }
 }
 
-template <int N, bool Values>
+template <int N>
 void page_depth(const PlyProduct& p) {
     switch (p.vectors) {
         case 1:
-            return page_vectors<N, 1, Values>(p);
+            return page_vectors<N, 1>(p);
         case 2:
-            return page_vectors<N, 2, Values>(p);
+            return page_vectors<N, 2>(p);
         case 3:
-            return page_vectors<N, 3, Values>(p);
+            return page_vectors<N, 3>(p);
         case 4:
-            return page_vectors<N, 4, Values>(p);
+            return page_vectors<N, 4>(p);
         case 5:
-            return page_vectors<N, 5, Values>(p);
+            return page_vectors<N, 5>(p);
         case 6:
-            return page_vectors<N, 6, Values>(p);
+            return page_vectors<N, 6>(p);
         case 7:
-            return page_vectors<N, 7, Values>(p);
+            return page_vectors<N, 7>(p);
         default:
-            return page_vectors<N, 8, Values>(p);
+            return page_vectors<N, 8>(p);
     }
 }
 
 }  // namespace
 
 void page_product(const PlyProduct& p) {
-    with_depth(p.depth,
-               [&]<int N>() { p.values ? page_depth<N, true>(p) : page_depth<N, false>(p); });
+    with_depth(p.depth, [&]<int N>() { page_depth<N>(p); });
 }
 
 void coded_product(const CodedProduct& p) {

@@ -83,19 +83,16 @@ void coded_product(const CodedProduct& p) {
 void page_product(const PlyProduct& p) {
     const uint8_t* planes[kMaxDepth] = {};
     for (int i = 0; i < p.depth; ++i) planes[i] = p.slot + p.places[i];
-    const int rows = p.values ? 64 : 32, columns = p.values ? 32 : 64;
-    for (int r = 0; r < rows; ++r) {
-        int32_t level[kGroup];
-        for (int c = 0; c < columns; ++c) {
-            // The vector of the four that this is in, as a place in a supertile of weights.
-            const int vector = p.values ? r / 16 : r / 16 * 2 + c / 32;
-            level[c] = p.levels->hi[p.depth][collect(planes, p.depth, 0, vector / 2 * 16 + r % 16,
-                                                     vector % 2 * 32 + c % 32)];
-        }
+    for (int r = 0; r < kHalf; ++r) {
+        int32_t level[kHalf];
+        // The two vectors of a unit lie as the two halves of 16 rows of weights.
+        for (int c = 0; c < kHalf; ++c)
+            level[c] =
+                p.levels->hi[p.depth][collect(planes, p.depth, 0, r % 16, r / 16 * kHalf + c)];
         for (int v = 0; v < p.vectors; ++v) {
             int32_t sum = 0;
-            for (int c = 0; c < columns; ++c) sum += level[c] * p.x[v * columns + c];
-            p.out[v * rows + r] = sum;
+            for (int c = 0; c < kHalf; ++c) sum += level[c] * p.x[v * kHalf + c];
+            p.out[v * kHalf + r] = sum;
         }
     }
 }

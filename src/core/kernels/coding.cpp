@@ -1,6 +1,7 @@
 // Keys and values of the KV cache to plies and back (docs/kv.md). Compiled once for each
 // instruction set (see simd.h).
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -23,27 +24,32 @@ uint8_t scale_code(float rms) {
     return static_cast<uint8_t>(std::min<long>(found - kKvScales, 255));
 }
 
-// Turned rows of the tokens, as indices into the tree at `depth`: to leaf[token][64], and the codes
-// of their scales.
-void quantise(float (*x)[kGroup], const float* thresholds, int depth, uint8_t (*leaf)[kGroup],
-              uint8_t* codes) {
+// Turned rows of the tokens in one group, as indices into the tree, which is the same for both
+// halves but not to the same depth: to leaf[token][64], and the codes of their scales. The second
+// of the `halves` may be empty.
+void quantise(float (*x)[kGroup], int halves, const float* thresholds, const uint8_t* depths,
+              uint8_t (*leaf)[kGroup], uint8_t* codes) {
+    const float per_value = kHalfNorm / std::sqrt(static_cast<float>(halves * kHalf));
     for (int t = 0; t < kPageTokens; ++t) {
         V v[kVectors];
         for (int i = 0; i < kVectors; ++i) v[i] = load(x[t] + i * kLanes);
-        rotate(v);
+        rotate_halves(v);
         V squares = mul(v[0], v[0]);
         for (int i = 1; i < kVectors; ++i) squares = fma(v[i], v[i], squares);
-        // 1/8 of the norm of the transform, 1/8 of the mean.
-        const float rms = std::sqrt(sum(squares)) * (1.0f / 64.0f);
-        codes[t] = scale_code(rms);
-        const V factor = set1(0.125f / kKvScales[codes[t]]);
+        codes[t] = scale_code(std::sqrt(sum(squares)) * per_value);
+        const V factor = set1(kHalfNorm / kKvScales[codes[t]]);
         alignas(64) float z[kGroup];
         for (int i = 0; i < kVectors; ++i) store(z + i * kLanes, mul(v[i], factor));
-        int32_t node[kGroup];
-        for (int& n : node) n = 1;
-        for (int bit = 0; bit < depth; ++bit)
-            for (int i = 0; i < kGroup; ++i) node[i] = 2 * node[i] + (z[i] >= thresholds[node[i]]);
-        for (int i = 0; i < kGroup; ++i) leaf[t][i] = static_cast<uint8_t>(node[i] - (1 << depth));
+        for (int half = 0; half < 2; ++half) {
+            const float* from = z + half * kHalf;
+            int32_t node[kHalf];
+            for (int& n : node) n = 1;
+            for (int bit = 0; bit < depths[half]; ++bit)
+                for (int i = 0; i < kHalf; ++i)
+                    node[i] = 2 * node[i] + (from[i] >= thresholds[node[i]]);
+            for (int i = 0; i < kHalf; ++i)
+                leaf[t][half * kHalf + i] = static_cast<uint8_t>(node[i] - (1 << depths[half]));
+        }
     }
 }
 
@@ -63,12 +69,10 @@ void write_plies(int depth, uint8_t* slot, const uint32_t* places, size_t vector
         }
 }
 
-// `half_at(channel, token)`: what is to be coded.
+// `half_at(channel, token)`: what is to be coded. `unit`: the first of the group.
 template <typename Half>
-void code_unit(const PageCoding& p, const Turn& turn, int group, int unit, bool values,
-               Half&& half_at) {
-    const int depth = p.depths[unit];
-    if (depth == 0) return;
+void code_group(const PageCoding& p, const Turn& turn, int group, int unit, bool values,
+                Half&& half_at) {
     const int first = group * kGroup, count = std::min(kGroup, p.head_dim - first);
     const uint16_t* order = turn.order + first;
     alignas(64) float mean[kGroup] = {}, scale[kGroup] = {};
@@ -81,27 +85,62 @@ void code_unit(const PageCoding& p, const Turn& turn, int group, int unit, bool 
             store(x[t] + i, mul(sub(load_half(halves + i), load(mean + i)), load(scale + i)));
     }
     uint8_t leaf[kPageTokens][kGroup];
-    quantise(x, p.thresholds, depth, leaf, p.slot + static_cast<size_t>(unit) * kPageTokens);
-    const uint32_t* places = p.places + unit * kMaxDepth;
-    for (int vector = 0; vector < 4; ++vector)
-        if (values)  // rows are channels
-            write_plies(depth, p.slot, places, static_cast<size_t>(vector),
-                        [&](int r, int c) { return leaf[c][16 * vector + r]; });
-        else
-            write_plies(depth, p.slot, places, static_cast<size_t>(vector), [&](int r, int c) {
-                return leaf[16 * (vector / 2) + r][32 * (vector % 2) + c];
-            });
+    quantise(x, count > kHalf ? 2 : 1, p.thresholds, p.depths + unit, leaf, p.slot + unit * 16);
+    for (int half = 0; half < 2; ++half)
+        for (int vector = 0; vector < 2; ++vector) {
+            const auto at = [&](int r, int c) {
+                const int row = 16 * vector + r;
+                return values ? leaf[c][half * kHalf + row] : leaf[row][half * kHalf + c];
+            };
+            write_plies(p.depths[unit + half], p.slot, p.places + (unit + half) * kMaxDepth,
+                        static_cast<size_t>(vector), at);
+        }
 }
 
 void code_page(const PageCoding& p) {
     const size_t stride = (static_cast<size_t>(p.head_dim) + kLanes - 1) / kLanes * kLanes;
     for (int g = 0; g < p.groups; ++g) {
-        code_unit(p, p.key, g, p.keys + g, false, [&](int channel, int t) {
+        code_group(p, p.key, g, p.keys + 2 * g, false, [&](int channel, int t) {
             return p.k[static_cast<size_t>(channel) * kPageTokens + static_cast<size_t>(t)];
         });
-        code_unit(p, p.value, g, p.values + g, true, [&](int channel, int t) {
+        code_group(p, p.value, g, p.values + 2 * g, true, [&](int channel, int t) {
             return p.v[static_cast<size_t>(t) * stride + static_cast<size_t>(channel)];
         });
+    }
+}
+
+void turn_query(const Turn& turn, int head_dim, int groups, const float* query, int slot,
+                const CodedQueries& out) {
+    float of_mean = 0.0f;
+    for (int i = 0; i < head_dim; ++i) of_mean = std::fmaf(query[i], turn.mean[i], of_mean);
+    out.mean[slot] = of_mean;
+    for (int g = 0; g < groups; ++g) {
+        alignas(64) float in[kGroup] = {};
+        const int first = g * kGroup, count = std::min(kGroup, head_dim - first);
+        for (int i = 0; i < count; ++i) {
+            const int channel = turn.order[first + i];
+            in[i] = query[channel] * turn.inverse[channel];
+        }
+        V v[kVectors];
+        for (int i = 0; i < kVectors; ++i) v[i] = load(in + i * kLanes);
+        rotate_halves(v);
+        const float peak = largest(max(max(abs(v[0]), abs(v[1])), max(abs(v[2]), abs(v[3]))));
+        // Nothing, or no numbers: these must not become integers.
+        const bool usable = peak > 1e-30f && peak <= FLT_MAX;
+        const V factor = set1(usable ? 127.0f / peak : 0.0f);
+        alignas(64) int32_t whole[kGroup] = {};
+        for (int i = 0; usable && i < kVectors; ++i)
+            store_int(whole + i * kLanes, mul(v[i], factor));
+        out.scale[g * kMaxQueries + slot] = peak * (kHalfNorm / 127.0f);
+        for (int half = 0; half < 2; ++half) {
+            const int at = (2 * g + half) * kMaxQueries + slot;
+            int32_t sum = 0;
+            for (int i = 0; i < kHalf; ++i) {
+                out.x[at * kHalf + i] = static_cast<int8_t>(whole[half * kHalf + i]);
+                sum += whole[half * kHalf + i];
+            }
+            out.sum[at] = sum;
+        }
     }
 }
 
@@ -110,9 +149,9 @@ void turn_back(const Turn& turn, int head_dim, int groups, const Attended& drawn
     for (int g = 0; g < groups; ++g) {
         V v[kVectors];
         for (int i = 0; i < kVectors; ++i) v[i] = load(drawn.values + g * kGroup + i * kLanes);
-        rotate(v);
+        rotate_halves(v);
         for (int i = 0; i < kVectors; ++i)
-            store(values + g * kGroup + i * kLanes, mul(v[i], set1(0.125f)));
+            store(values + g * kGroup + i * kLanes, mul(v[i], set1(kHalfNorm)));
     }
     for (int i = 0; i < groups * kGroup; ++i) drawn.values[i] = 0.0f;
     for (int i = 0; i < head_dim; ++i) {
@@ -126,6 +165,7 @@ void turn_back(const Turn& turn, int head_dim, int groups, const Attended& drawn
 
 void fill_coding(Kernels& k) {
     k.code_page = code_page;
+    k.turn_query = turn_query;
     k.turn_back = turn_back;
 }
 

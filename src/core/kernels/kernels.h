@@ -60,27 +60,36 @@ struct Attention {
     const struct Attended* out;  // [queries]
 };
 
-// The keys of a page in 64 channels (32 rows, the tokens, and 64 columns), or its values (64 rows,
-// the channels, and 32 columns), in plies of 256 bytes: four vectors of 16 rows × 32 columns.
+constexpr int kHalf = kGroup / 2;  // channels of a unit of the KV cache
+
+// A unit of a page: keys (rows are the tokens, columns 32 channels) or values (rows are 32
+// channels, columns the tokens), in plies of 128 bytes: two vectors of 16 rows × 32 columns.
 // out[v][r] = Σ_c level[r][c] · x[v][c], in whole numbers.
 struct PlyProduct {
-    bool values;
     const uint8_t* slot;  // planes are at slot + places[ply]
     const uint32_t* places;
     int depth;  // 1 to kMaxDepth; levels have 8 bits at any depth
     const LevelTables* levels;
     int vectors;         // at most kMaxQueries
-    const int8_t* x;     // [vectors][columns]
+    const int8_t* x;     // [vectors][32]
     const int32_t* sum;  // [vectors]: of x
-    int32_t* out;        // [vectors][rows]
+    int32_t* out;        // [vectors][32]
 };
 
 // How a key or a value is turned before it is coded: less `mean`, times `scale`, gathered by
-// `order`, filled up with zeros to groups of 64 and rotated. Queries are divided by the scale of
-// the keys, and see a score that is less by the same for all positions.
+// `order`, filled up with zeros to groups of 64, and each half of a group rotated. Queries are
+// divided by the scale of the keys; what they see of the mean is added to all scores.
 struct Turn {
     const float *mean, *scale, *inverse;  // [head_dim]; inverse = 1 / scale
     const uint16_t* order;                // [head_dim]
+};
+
+// Queries for coded keys: turned, and coded as int8 · scale.
+struct CodedQueries {
+    int8_t* x;     // [2 · groups][kMaxQueries][32]
+    int32_t* sum;  // [2 · groups][kMaxQueries]
+    float* scale;  // [groups][kMaxQueries]
+    float* mean;   // [kMaxQueries]: the score of the mean
 };
 
 // Codes one full page of one layer and KV head.
@@ -95,18 +104,18 @@ struct PageCoding {
     int keys, values;
 };
 
-// As Attention, over full pages in plies (docs/kv.md). Keys and queries, and values, are turned;
-// what is drawn is in the turned space of the values, [groups · 64].
+// As Attention, over full pages in plies (docs/kv.md). What is drawn is in the turned space of the
+// values, [groups · 64].
 struct CodedAttention {
     int groups, queries;
-    const Prepared* q;    // turned, scaled and coded: [groups], room for kMaxQueries
+    const CodedQueries* q;
     const int* position;  // as there
     int window;
     int first_page, pages;
     const uint8_t* const* slot;    // [pages]
     const uint8_t* const* depths;  // [pages] -> depth of each unit of the cache
     const uint32_t* places;        // of the planes in a slot: [units][kMaxDepth]
-    int keys, values;              // their units in group 0; scale codes are at slot + 32 · unit
+    int keys, values;              // the first units; scale codes of a group at slot + 16 · unit
     const LevelTables* levels;
     float softcap;
     const struct Attended* out;  // [queries]
@@ -145,6 +154,9 @@ struct Kernels {
     void (*softcap)(float* x, int n, float cap);
     void (*to_half)(const float* x, int n, uint16_t* out);  // clamped to finite values
     void (*attend)(const Attention&);
+    // Turns one query, [head_dim] and already scaled, to place `slot`.
+    void (*turn_query)(const Turn& turn, int head_dim, int groups, const float* query, int slot,
+                       const CodedQueries& out);
     void (*attend_coded)(const CodedAttention&);
     void (*code_page)(const PageCoding&);
     // Turns back what was drawn from coded values, in place: then it is as of Attention.

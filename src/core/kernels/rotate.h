@@ -17,4 +17,15 @@ inline __attribute__((always_inline)) void rotate(V (&v)[4]) {
     v[3] = sub(d01, d23);
 }
 
+// Each half by itself, with the 32-point transform without its norm of 1/√32.
+inline __attribute__((always_inline)) void rotate_halves(V (&v)[4]) {
+    for (V& part : v) part = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(part))));
+    for (int i = 0; i < 4; i += 2) {
+        const V first = v[i];
+        v[i] = add(first, v[i + 1]);
+        v[i + 1] = sub(first, v[i + 1]);
+    }
+}
+inline constexpr float kHalfNorm = 0.17677669529663687f;  // 1/√32
+
 }  // namespace pliant::PLIANT_ISA

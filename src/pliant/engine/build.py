@@ -34,11 +34,14 @@ def default_threads(threads: int | None) -> int:
     return threads
 
 
-def build_executor(pack: Pack, *, threads: int, isa: str = "auto", chunk: int = 128) -> Executor:
+def build_executor(
+    pack: Pack, *, threads: int, isa: str = "auto", chunk: int = 128, coded_kv: bool = False
+) -> Executor:
     """An executor of the model without any rung.
 
     Takes the arrays out of `pack.base` as it copies them, so that they are in memory once. `isa`
-    names the kernels to use; `chunk` is how many tokens are computed at once. Raises UsageError for
+    names the kernels to use; `chunk` is how many tokens are computed at once; `coded_kv`: full
+    pages of the KV cache are coded in plies, which the pack must know how to do. Raises UsageError for
     kernels that this machine does not have, ModelError for a decoder that is not supported.
     """
     from pliant import _core
@@ -67,6 +70,14 @@ def build_executor(pack: Pack, *, threads: int, isa: str = "auto", chunk: int = 
             base.pop(f"{matrix.name}.row_scale").view(np.uint16),
             base.pop(f"{matrix.name}.group_scale"),
         )
+    kv = pack.manifest.kv
+    if coded_kv and kv is not None:
+        executor.set_kv_ladder(base["kv.ladder"], list(kv.rungs), base["kv.thresholds"])
+        mean, scale, order = (base[f"kv.{part}"] for part in ("mean", "scale", "order"))
+        for layer, head, kind in np.ndindex(mean.shape[:3]):
+            executor.set_kv_turn(
+                layer, head, bool(kind), *(part[layer, head, kind] for part in (mean, scale, order))
+            )
     rungs = pack.manifest.rungs
     executor.set_ladder(pack.ladder, rungs.plies.tolist(), rungs.bytes.tolist())
     executor.finish()

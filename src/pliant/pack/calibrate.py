@@ -13,13 +13,15 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from pliant.pack.kv import KvMoments
 
 __all__ = [
     "LINEARS",
@@ -190,11 +192,12 @@ def calibrate(
     windows: Windows,
     *,
     seed: int = 0,
+    kv: KvMoments | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Importance]:
     """Fisher information of every matrix of a transformers decoder.
 
-    Returns it by names of the pack: `layers.i.*`, `embed` and `head`, the last two apart also
+    `kv` gathers what there is to know of keys and values on the way. Returns the information by names of the pack: `layers.i.*`, `embed` and `head`, the last two apart also
     where they are one matrix. `progress(done, all)` is called after every window. Memory beyond
     the model: the activations of one window, and about 5 chunks of 64 MiB for the head.
     """
@@ -217,7 +220,7 @@ def calibrate(
     embed_columns = torch.zeros(width, dtype=torch.float64)
     count = 0
     try:
-        with full_precision(False):
+        with full_precision(False), kv.watch(model) if kv is not None else nullcontext():
             for done, window in enumerate(windows):
                 ids = torch.tensor(window)
                 with torch.no_grad():

@@ -34,6 +34,8 @@ from pliant.pack.describe import (
     matrix_names,
     vector_names,
 )
+from pliant.pack.kv import KvMoments, make_kv
+from pliant.pack.kv import moment_bytes as kv_moment_bytes
 from pliant.pack.moments import gather_moments, moment_bytes
 from pliant.pack.quality import measure_quality
 from pliant.pack.sources import Source, open_source
@@ -121,7 +123,8 @@ def peak_memory(config: Mapping[str, Any], *, plain: bool) -> int:
     work = 4 * 4 * vocab * hidden + largest
     if _uses_moments(config, model):
         work += moment_bytes([hidden, q, hidden, ffn], layers)
-    return interpreter + model + max(window + head, work)
+    kv_moments = kv_moment_bytes(layers, config["num_key_value_heads"], config["head_dim"])
+    return interpreter + model + max(window + head + kv_moments, work)
 
 
 def _uses_moments(config: Mapping[str, Any], model: int) -> bool:
@@ -204,12 +207,16 @@ def pack(
         }
         report.update("model", None)
         network: Any = source.load_torch()
+        kv = KvMoments()
         importance = calibrate(
             network,
             learned,
             seed=seed,
+            kv=kv,
             progress=lambda done, of: report.update("calibration", done / of),
         )
+        kv_coding = make_kv(kv)
+        del kv
         moments: dict[str, torch.Tensor] = {}
         if _uses_moments(config, source.bytes_fp32):
             moments = gather_moments(
@@ -233,7 +240,8 @@ def pack(
                 for m in coded.matrices
             ]
             manifest["quality"] = [{"bytes": size, "kl": kl} for size, kl in quality]
-            base |= coded.base_tensors()
+            manifest["kv"] = kv_coding.manifest
+            base |= coded.base_tensors() | kv_coding.tensors
             write_pack(
                 target,
                 manifest=manifest,

@@ -58,7 +58,7 @@ def write_pack(
     """Write a pack to the directory `out`.
 
     manifest:    `pliant.json` as plain values, without `rungs`, `shards` and `files`; `format`,
-                 `version` and `quality` may be left out
+                 `version`, `quality` and `kv` may be left out
     base:        the tensors of base.safetensors but the ladder, by name, with the dtypes of
                  docs/format.md section 3. BF16 is given as its bits in uint16: whether a matrix is
                  BF16 follows from its coding
@@ -78,7 +78,7 @@ def write_pack(
     target = Path(os.path.realpath(out))
     _check_target(target, overwrite)
     _check_names(extra_files)
-    draft = {"format": FORMAT, "version": VERSION, "quality": [], **manifest}
+    draft = {"format": FORMAT, "version": VERSION, "quality": [], "kv": None, **manifest}
     for key in ("rungs", "shards", "files"):
         if key in draft:
             raise UsageError(f"`{key}` of the manifest is made by the writer")
@@ -205,7 +205,7 @@ def _check_base(
     if any(matrix.units for matrix in manifest.matrices):
         left["ladder"] = ladder
     tensors = []
-    for wanted in base_tensors(manifest.model, manifest.matrices, len(ladder)):
+    for wanted in base_tensors(manifest.model, manifest.matrices, len(ladder), manifest.kv):
         array = left.pop(wanted.name, None)
         if array is None:
             if wanted.required:

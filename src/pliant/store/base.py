@@ -9,14 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pliant.errors import FormatError
-from pliant.store.manifest import Manifest, MatrixSpec
+from pliant.store.manifest import KvLadder, Manifest, MatrixSpec, kv_units
 from pliant.store.model import ModelSpec
 from pliant.store.safetensors import TensorInfo
 from pliant.store.strict import show
 
-__all__ = ["BaseTensor", "base_tensors", "check_infos", "check_values"]
+__all__ = ["BaseTensor", "base_tensors", "check_infos", "check_kv_ladder", "check_values"]
 
 TREE_VALUES = 2**9 - 2  # levels of depths 1 to 8
+TREE_THRESHOLDS = 255
+LEAST_TURN, MOST_TURN = 1e-12, 1e12  # scales of channels of keys and values
 SCALE_STEPS = 16
 _CHUNK = 2**18  # values of an order that are looked at together
 
@@ -34,7 +36,7 @@ class BaseTensor(NamedTuple):
 
 
 def base_tensors(
-    model: ModelSpec, matrices: tuple[MatrixSpec, ...], plies: int
+    model: ModelSpec, matrices: tuple[MatrixSpec, ...], plies: int, kv: KvLadder | None
 ) -> Iterator[BaseTensor]:
     """All tensors that base.safetensors of this model may have, optional ones included.
 
@@ -73,6 +75,13 @@ def base_tensors(
         yield BaseTensor("tree", "F32", (TREE_VALUES,), True, "tree")
         yield BaseTensor("scale_steps", "F32", (SCALE_STEPS,), True, "steps")
         yield BaseTensor("ladder", "U32", (plies,), True, "ladder")
+    if kv is not None:
+        channels = (model.layers, model.kv_heads, 2, model.head_dim)
+        yield BaseTensor("kv.mean", "F32", channels, True, "finite")
+        yield BaseTensor("kv.scale", "F32", channels, True, "turns")
+        yield BaseTensor("kv.order", "U16", channels, True, "orders")
+        yield BaseTensor("kv.ladder", "U32", (sum(kv.rungs),), True, "ladder")
+        yield BaseTensor("kv.thresholds", "F32", (TREE_THRESHOLDS,), True, "thresholds")
 
 
 def check_infos(
@@ -84,7 +93,7 @@ def check_infos(
     """
     checks: dict[str, str] = {}
     plies = sum(manifest.rungs.plies.tolist())
-    for wanted in base_tensors(manifest.model, manifest.matrices, plies):
+    for wanted in base_tensors(manifest.model, manifest.matrices, plies, manifest.kv):
         info = tensors.get(wanted.name)
         if info is None:
             if wanted.required:
@@ -121,6 +130,9 @@ def check_values(array: Array, check: str, where: str) -> None:
     """
     if check == "order":
         _check_permutation(array, where)
+    elif check == "orders":
+        for index, row in enumerate(array.reshape(-1, array.shape[-1])):
+            _check_permutation(row, f"{where}, row {index}")
     elif check != "ladder":
         if not _finite(array):
             raise FormatError(f"{where}: NaN or infinity")
@@ -128,11 +140,30 @@ def check_values(array: Array, check: str, where: str) -> None:
             raise FormatError(f"{where}: a scale of {array.min():g} is negative")
         if check == "steps" and not array.min() > 0:
             raise FormatError(f"{where}: a step of {array.min():g}, and all must be above 0")
+        if check == "turns" and not (array.min() >= LEAST_TURN and array.max() <= MOST_TURN):
+            raise FormatError(
+                f"{where}: scales from {array.min():g} to {array.max():g}, and they must be from "
+                f"{LEAST_TURN:g} to {MOST_TURN:g}"
+            )
+        if check == "thresholds" and not (array[1:] > array[:-1]).all():
+            raise FormatError(f"{where} do not rise")
         if check == "tree":
             for depth in range(1, 9):
                 levels = array[2**depth - 2 : 2 ** (depth + 1) - 2]
                 if not (levels[1:] > levels[:-1]).all():
                     raise FormatError(f"{where}: the levels of depth {depth} do not rise")
+
+
+def check_kv_ladder(ladder: npt.NDArray[np.uint32], model: ModelSpec, where: str) -> None:
+    """Check that units exist and have at most 8 plies. Raises FormatError."""
+    units = kv_units(model)
+    if int(ladder.max()) >= units:
+        raise FormatError(f"{where} names unit {ladder.max()}, and there are {units}")
+    counts = np.bincount(ladder, minlength=units)
+    if int(counts.max()) > 8:
+        raise FormatError(
+            f"{where} has {counts.max()} plies of unit {counts.argmax()}, and 8 is most"
+        )
 
 
 def _finite(array: Array) -> bool:

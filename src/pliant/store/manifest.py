@@ -6,6 +6,7 @@ rely on every size, name and limit in it. It says nothing about the other files;
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ __all__ = [
     "VERSION",
     "Calibration",
     "FileDigest",
+    "KvLadder",
     "Manifest",
     "MatrixSpec",
     "QualityPoint",
@@ -37,12 +39,13 @@ __all__ = [
     "Shard",
     "Source",
     "Tokens",
+    "kv_units",
     "rung_name",
     "shard_name",
 ]
 
 FORMAT = "pliant-pack"
-VERSION = 1
+VERSION = 2
 GROUP = 64  # input channels of a group
 ALIGNMENT = 4096  # of rungs, in shards
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -164,6 +167,15 @@ class QualityPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class KvLadder:
+    """How pages of the KV cache are coded: `rungs` has the plies of each rung, and `quality` the
+    expected KL divergence to an exact cache with it and those before."""
+
+    rungs: tuple[int, ...]
+    quality: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """The text that the order of the ladder was measured on."""
 
@@ -194,6 +206,7 @@ class Manifest:
     quality: tuple[QualityPoint, ...]
     calibration: Calibration
     files: dict[str, FileDigest]
+    kv: KvLadder | None = None
 
     @classmethod
     def from_json(cls, data: bytes, *, where: str = "pliant.json", beside: int = 0) -> Manifest:
@@ -212,12 +225,14 @@ class Manifest:
         if type(value) is not dict or value.get("format") != FORMAT:
             raise FormatError(f"{where}: not a pack: `format` must be {FORMAT!r}")
         version = integer(value.get("version"), f"{where}: version", 1)
-        if version != VERSION:
+        if version > VERSION:
             raise VersionError(
                 f"{where}: the pack has version {version} of the format, and this program reads "
-                f"version {VERSION}: use a newer pliant, or pack the model again"
+                f"versions up to {VERSION}: use a newer pliant, or pack the model again"
             )
         keys = ("format", "version", *cls.__dataclass_fields__)
+        if version < 2:
+            keys = tuple(key for key in keys if key != "kv")
         fields = Fields(value, where, keys)
         model = read_model(fields.raw("model"), fields.at("model"))
         rungs = _rungs(fields.raw("rungs"), fields.at("rungs"))
@@ -235,6 +250,7 @@ class Manifest:
             quality=_quality(fields),
             calibration=_calibration(fields.raw("calibration"), fields.at("calibration")),
             files=_files(fields.raw("files"), fields.at("files")),
+            kv=None if version < 2 else _kv(fields, model, matrices),
         )
 
     def to_json(self) -> bytes:
@@ -420,6 +436,31 @@ def _quality(fields: Fields) -> tuple[QualityPoint, ...]:
                 f"({now.bytes}, {now.kl:g}) follows ({before.bytes}, {before.kl:g})"
             )
     return points
+
+
+def _kv(fields: Fields, model: ModelSpec, matrices: tuple[MatrixSpec, ...]) -> KvLadder | None:
+    value, where = fields.raw("kv"), fields.at("kv")
+    if value is None:
+        return None
+    if not any(matrix.units for matrix in matrices):
+        raise FormatError(f"{where} must be null: no matrix is coded in plies")
+    one = Fields(value, where, KvLadder.__dataclass_fields__)
+    most = 8 * kv_units(model)
+    rungs = tuple(one.integers("rungs", 1, most).tolist())
+    quality = one.numbers("quality")
+    if not rungs or len(rungs) != len(quality) or sum(rungs) > most:
+        raise FormatError(
+            f"{where}: {len(rungs)} rungs of {sum(rungs)} plies and {len(quality)} points of "
+            f"quality: they must be as many, at least one, and have at most {most} plies"
+        )
+    if quality[-1] < 0 or any(now > before for before, now in itertools.pairwise(quality)):
+        raise FormatError(f"{where}.quality must fall or stay equal, and not below 0")
+    return KvLadder(rungs, quality)
+
+
+def kv_units(model: ModelSpec) -> int:
+    """Units of the KV cache: 32 channels of the keys or the values of a layer and KV head."""
+    return model.layers * model.kv_heads * 2 * 2 * -(-model.head_dim // 64)
 
 
 def _calibration(value: object, where: str) -> Calibration:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pliant.errors import BudgetError, ChecksumError, FormatError, PackError
-from pliant.store.base import check_infos, check_values
+from pliant.store.base import check_infos, check_kv_ladder, check_values
 from pliant.store.files import RegularFile, size_of
 from pliant.store.layout import Layout, UnitTable
 from pliant.store.manifest import (
@@ -356,6 +356,8 @@ def _read_base(path: Path, manifest: Manifest, limit: int | None) -> dict[str, n
     # Only now: altered bytes are told from wrong ones.
     for name, array in base.items():
         check_values(array, checks[name], f"{path}: {name}")
+    if manifest.kv is not None:
+        check_kv_ladder(base["kv.ladder"], manifest.model, f"{path}: kv.ladder")
     return base
 
 
