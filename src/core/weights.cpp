@@ -1,22 +1,13 @@
 #include "weights.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <chrono>
 #include <cmath>
-#include <cstdio>
+#include <functional>
 #include <mutex>
 #include <numeric>
 #include <system_error>
 #include <thread>
 
-#include "crc32.h"
 #include "error.h"
 
 namespace pliant {
@@ -24,142 +15,6 @@ namespace pliant {
 namespace {
 
 constexpr uint64_t kPage = 4096;
-
-// Read at once; between chunks a read may end. What is read beside a shrink may be in memory for a
-// moment after it, so this times the number of threads is kept small.
-constexpr uint64_t kChunk = uint64_t{1} << 20;
-
-// A second way to an open file that leaves the kernel's cache alone, or -1 if there is none.
-class DirectFile {
-  public:
-    explicit DirectFile(int fd) {
-        const std::string path = "/proc/self/fd/" + std::to_string(fd);
-        fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
-    }
-    ~DirectFile() {
-        if (fd_ >= 0) close(fd_);
-    }
-    DirectFile(const DirectFile&) = delete;
-    DirectFile& operator=(const DirectFile&) = delete;
-    int fd() const { return fd_; }
-
-  private:
-    int fd_;
-};
-
-// Is most of this range in the kernel's cache, so that reading it copies memory? True where the
-// kernel cannot tell (before Linux 6.5).
-bool is_cached(int fd, uint64_t offset, uint64_t bytes) {
-    constexpr long kCacheStat = 451;
-    struct {
-        uint64_t offset, bytes;
-    } range{offset, bytes};
-    uint64_t found[5] = {};  // pages in the cache come first
-    if (syscall(kCacheStat, fd, &range, found, 0u) != 0) return true;
-    return found[0] * kPage * 2 > bytes;
-}
-
-// How long this thread has waited for a processor.
-class RunQueue {
-  public:
-    RunQueue() : fd_(open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC)) {}
-    ~RunQueue() {
-        if (fd_ >= 0) close(fd_);
-    }
-    RunQueue(const RunQueue&) = delete;
-    RunQueue& operator=(const RunQueue&) = delete;
-    // Always 0 where the kernel does not say.
-    double seconds() const {
-        char text[96];
-        const ssize_t got = fd_ < 0 ? 0 : pread(fd_, text, sizeof text - 1, 0);
-        text[std::max<ssize_t>(got, 0)] = 0;
-        long long ran = 0, waited = 0;
-        return std::sscanf(text, "%lld %lld", &ran, &waited) == 2
-                   ? 1e-9 * static_cast<double>(waited)
-                   : 0.0;
-    }
-
-  private:
-    int fd_;
-};
-
-// Keeps a thread from computing for more than a share of the time.
-class Pace {
-  public:
-    explicit Pace(double share) : share_(share) {}
-    // Sleeps as long as is due since the last call.
-    void keep() {
-        if (share_ >= 1.0) return;
-        const double busy = processor_seconds() - busy_;
-        const double due = (busy + hidden_) / share_ - since(began_);
-        if (due > 0) std::this_thread::sleep_for(std::chrono::duration<double>(due));
-        busy_ += busy;
-        hidden_ = 0;
-        began_ = Clock::now();
-    }
-    // Takes memory for what will be written. In a virtual machine the host may have to find it
-    // first: the processor stands still meanwhile, and the clock of the thread does not count that.
-    void populate(uint8_t* to, uint64_t bytes) {
-        const auto began = Clock::now();
-        const double known = processor_seconds() + waiting_.seconds();
-        constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, since Linux 5.14
-        (void)madvise(to, bytes, kPopulateWrite);
-        const double rest = since(began) - (processor_seconds() + waiting_.seconds() - known);
-        hidden_ += std::max(rest, 0.0);
-    }
-
-  private:
-    using Clock = std::chrono::steady_clock;
-    static double since(Clock::time_point then) {
-        return std::chrono::duration<double>(Clock::now() - then).count();
-    }
-    static double processor_seconds() {
-        timespec now{};
-        clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-        return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-    }
-    const RunQueue waiting_;
-    double share_, hidden_ = 0, busy_ = processor_seconds();
-    Clock::time_point began_ = Clock::now();
-};
-
-// Reads all of a rung; gives up, which is false, if `ended` becomes true. Throws std::system_error,
-// ChecksumError.
-template <typename Ended>
-bool read_rung(const RungSource& source, int direct, uint8_t* to, int index, Pace& pace,
-               const Ended& ended) {
-    int fd = direct >= 0 && !is_cached(source.fd, source.offset, source.bytes) ? direct : source.fd;
-    uint64_t done = 0;
-    uint32_t crc = 0;
-    while (done < source.bytes) {
-        pace.keep();
-        if (ended()) return false;
-        const uint64_t most = std::min(source.bytes - done, kChunk);
-        pace.populate(to + done, most);
-        const ssize_t got = pread(fd, to + done, most, static_cast<off_t>(source.offset + done));
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0 && errno == EINVAL && fd != source.fd) {  // not aligned as this disk wants it
-            fd = source.fd;
-            continue;
-        }
-        if (got < 0)
-            throw std::system_error(errno, std::generic_category(),
-                                    "reading rung " + std::to_string(index));
-        if (got == 0)
-            throw ChecksumError("rung " + std::to_string(index) + " ends after " +
-                                std::to_string(done) + " of " + std::to_string(source.bytes) +
-                                " bytes: its shard was cut while it was open; get the shard again");
-        // While it is still in the cache of the processor.
-        crc = crc32(to + done, static_cast<size_t>(got), crc);
-        done += static_cast<uint64_t>(got);
-    }
-    if (crc != source.crc)
-        throw ChecksumError("rung " + std::to_string(index) + " has checksum " +
-                            std::to_string(crc) + ", the manifest says " +
-                            std::to_string(source.crc) +
-                            ": the shard was altered or damaged; get it again");
-    return true;
-}
 
 }  // namespace
 
@@ -321,7 +176,9 @@ bool Weights::read(int first, const std::vector<RungSource>& sources, const Read
     std::atomic<bool> failed{false};
     std::exception_ptr error;
     std::mutex guard;
-    const auto ended = [&] { return failed.load() || newest_.load() > how.ticket; };
+    const std::function<bool()> ended = [&] {
+        return failed.load() || newest_.load() > how.ticket;
+    };
     const auto work = [&] {
         Pace pace(how.share / threads);
         for (int i = next++; i < count && !ended(); i = next++) {
@@ -339,7 +196,10 @@ bool Weights::read(int first, const std::vector<RungSource>& sources, const Read
         }
     };
     std::vector<std::thread> helpers;
-    for (int i = 1; i < threads; ++i) helpers.emplace_back(work);
+    try {
+        for (int i = 1; i < threads; ++i) helpers.emplace_back(work);
+    } catch (const std::system_error&) {  // no more threads can be had: those that there are do it
+    }
     work();
     for (auto& helper : helpers) helper.join();
     const std::lock_guard lock(moving_);

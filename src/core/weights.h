@@ -10,16 +10,9 @@
 
 #include "arena.h"
 #include "coded.h"
+#include "reading.h"
 
 namespace pliant {
-
-// Where the bytes of a rung are: an open file, and what they must add up to.
-struct RungSource {
-    int fd;
-    uint64_t offset;
-    uint64_t bytes;
-    uint32_t crc;
-};
 
 // How rungs are read.
 struct Reading {
