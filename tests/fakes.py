@@ -35,6 +35,7 @@ class FakeExecutor:
 
     kv_page_tokens = PAGE_TOKENS
     kv_page_bytes = KV_PAGE
+    kv_rung_bytes = ()
     threads = 1
     isa = "fake"
 
@@ -133,9 +134,13 @@ class FakeExecutor:
     def length(self, seq: int) -> int:
         return len(self.sequences[seq])
 
-    def truncate(self, seq: int, length: int) -> None:
+    def truncate(self, seq: int, length: int) -> int:
         assert length <= len(self.sequences[seq])
         del self.sequences[seq][length:]
+        return length
+
+    def page_form(self, seq: int, page: int) -> tuple[int, int]:
+        return 0, KV_PAGE
 
     def pages(self, seq: int) -> list[int]:
         return [seq * 10_000 + page for page in range(-(-len(self.sequences[seq]) // PAGE_TOKENS))]
@@ -156,7 +161,8 @@ class FakeExecutor:
         tokens = self.sequences[seq][page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]
         into[:] = np.resize(np.array([*tokens, *[0] * (160 - len(tokens))], "<i4").view("u1"), 640)
 
-    def put_page(self, seq: int, tokens: int, from_: npt.NDArray[np.uint8]) -> None:
+    def put_page(self, seq: int, tokens: int, from_: npt.NDArray[np.uint8], rungs: int = 0) -> None:
+        assert rungs == 0
         assert len(self.sequences[seq]) % PAGE_TOKENS == 0
         self.sequences[seq] += from_.view("<i4")[:tokens].tolist()
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pliant.codec.tree import LEVELS, SCALE_STEPS
+from pliant.codec.tree import LEVELS, SCALE_STEPS, THRESHOLDS
 from pliant.pack.writer import write_pack
 from pliant.store import Pack, UnitTable
+from pliant.store.manifest import VERSION
 
 __all__ = [
     "Reader",
@@ -71,13 +72,14 @@ def random_manifest(
     embed_block_rows: int = 64,
     tokens: Mapping[str, Any] | None = None,
     quality: Sequence[Mapping[str, Any]] = (),
+    kv: bool = True,
     **model: Any,
 ) -> dict[str, Any]:
     """The manifest of a small model as plain values, without rungs, shards and files.
 
     `coding` is that of all matrices, or maps names of matrices to codings (the rest is in plies).
     `block_rows` cuts matrices into row blocks (0: one block), `embed_block_rows` those of embedding
-    and head.
+    and head. `kv`: the pack says how to code a KV cache, if anything is in plies.
     Whatever else `model` has, such as `layer_window`, replaces the default.
     """
     described: dict[str, Any] = {
@@ -124,9 +126,10 @@ def random_manifest(
             cut = block_rows if name.startswith("layers.") else embed_block_rows
             matrix |= {"input": source, "blocks": _blocks(rows, cut)}
         matrices.append(matrix)
+    plies = any(matrix["coding"] == "plies" for matrix in matrices)
     return {
         "format": "pliant-pack",
-        "version": 1,
+        "version": VERSION,
         "writer": "tests",
         "source": {"name": "random", "origin": "tests/packs.py", "license": None},
         "model": described,
@@ -134,6 +137,30 @@ def random_manifest(
         "matrices": matrices,
         "quality": [dict(point) for point in quality],
         "calibration": {"text": "none", "tokens": 0, "sha256": "0" * 64},
+        "kv": kv_manifest(described) if kv and plies else None,
+    }
+
+
+def kv_manifest(model: Mapping[str, Any]) -> dict[str, Any]:
+    """One rung of two plies for each unit that has channels, then one for each ply more."""
+    units = model["layers"] * model["kv_heads"] * 2 * -(-model["head_dim"] // 32)
+    return {"rungs": [2 * units] + [units] * 6, "quality": [0.25**n for n in range(1, 8)]}
+
+
+def kv_base(model: Mapping[str, Any], rng: np.random.Generator) -> Base:
+    """Means, scales, orders and the ladder for `kv_manifest`."""
+    shape = (model["layers"], model["kv_heads"], 2, model["head_dim"])
+    orders = [rng.permutation(model["head_dim"]) for _ in range(int(np.prod(shape[:3])))]
+    heads, halves = int(np.prod(shape[:3])), -(-model["head_dim"] // 64) * 2
+    units = [
+        head * halves + half for head in range(heads) for half in range(-(-model["head_dim"] // 32))
+    ]
+    return {
+        "kv.mean": rng.normal(0, 0.1, shape).astype(np.float32),
+        "kv.scale": rng.uniform(0.5, 2.0, shape).astype(np.float32),
+        "kv.order": np.stack(orders).reshape(shape).astype(np.uint16),
+        "kv.ladder": np.tile(np.array(units, np.uint32), 8),
+        "kv.thresholds": THRESHOLDS.astype(np.float32),
     }
 
 
@@ -193,6 +220,8 @@ def random_base(
     if any(matrix["coding"] == "plies" for matrix in manifest["matrices"]):
         base["tree"] = gaussian_tree()
         base["scale_steps"] = np.array(SCALE_STEPS)
+    if manifest["kv"] is not None:
+        base |= kv_base(model, rng)
     return base
 
 

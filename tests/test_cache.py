@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import pliant
 from pliant.engine.cache import Cache, CacheFull, Keep
 from pliant.engine.prefixes import page_keys
+from pliant.memory.plan import Plan
 from tiny import write_tiny_pack
 
 PAGE = 32
@@ -39,6 +41,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pliant.Model]:
     path = write_tiny_pack(tmp_path_factory.mktemp("cache") / "tiny.pack", least=2)
     with pliant.load(path, sessions=4, chat=False) as loaded:
         yield loaded
+
+
+def limits(model: pliant.Model, context: int, pages: int) -> Plan:
+    """A plan of which only the KV counts."""
+    return replace(model.plan, context=context, kv_pages=pages)
 
 
 class Player:
@@ -68,8 +75,9 @@ class Player:
             else:
                 self.answers[sequence] = ids
         elif name == "limit":
-            context, least = self.cache.needs(values[1])
-            self.cache.limit(max(context, 1), max(values[0], least))
+            context, least, tails = self.cache.needs(values[1])
+            least += tails * self.cache.tail
+            self.cache.limit(limits(self.model, max(context, 1), max(values[0], least)))
         elif every:
             self.one(name, every[values[0] % len(every)], values[1:])
 
@@ -151,7 +159,7 @@ def test_no_page_too_many_and_none_lost(
     model: pliant.Model, actions: list[tuple[Any, ...]]
 ) -> None:
     with model._turn():
-        cache = Cache(model._executor, model._sizes, 512, PAGES)
+        cache = Cache(model._executor, model._sizes, limits(model, 512, PAGES))
         player = Player(model, cache)
         for action in actions:
             player.play(action)

@@ -130,7 +130,7 @@ def test_any_safetensors_reader_opens_every_file(pack: Path) -> None:
     assert rung == len(opened.manifest.rungs)
 
 
-@pytest.mark.parametrize("version", [1])
+@pytest.mark.parametrize("version", [1, 2])
 def test_packs_of_every_version_stay_readable(reader: Reader, version: int) -> None:
     path = DATA / f"pack-v{version}"
     pack = Pack.open(path, verify=True)

@@ -51,6 +51,8 @@ void KvCache::set_level(int rungs) {
         throw UsageError("a KV page has 1 to " + std::to_string(ladder.rungs()) +
                          " rungs, and not " + std::to_string(rungs));
     level_ = rungs;
+    for (int page = 0; page < pages_; ++page)
+        if (users_[static_cast<size_t>(page)] > 0 && coded(page)) shallow(page, rungs);
 }
 
 int KvCache::open() {

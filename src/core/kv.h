@@ -48,7 +48,8 @@ class KvCache {
     // To measure the worst case: tokens of a prompt see also the page that they are in coded, if
     // their chunk fills it.
     bool code_newest = false;
-    // With a ladder: how many rungs pages get that are coded from now on.
+    // With a ladder: how many rungs pages get that are coded from now on. Those that have more lose
+    // them.
     int level() const { return level_; }
     void set_level(int rungs);
     bool coded(int page) const { return rungs_[static_cast<size_t>(page)] > 0; }

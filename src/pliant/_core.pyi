@@ -132,7 +132,8 @@ class Executor:
     @property
     def kv_level(self) -> int:
         """Rungs of pages that are coded from now on; 0 without a ladder."""
-    def set_kv_level(self, rungs: int) -> None: ...
+    def set_kv_level(self, rungs: int) -> None:
+        """Rungs of coded pages from now on; pages that have more lose them."""
     def set_kv_ladder(
         self, units: npt.NDArray[np.uint32], plies: list[int], thresholds: npt.NDArray[np.float32]
     ) -> None:

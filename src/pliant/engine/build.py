@@ -41,8 +41,8 @@ def build_executor(
 
     Takes the arrays out of `pack.base` as it copies them, so that they are in memory once. `isa`
     names the kernels to use; `chunk` is how many tokens are computed at once; `coded_kv`: full
-    pages of the KV cache are coded in plies, which the pack must know how to do. Raises UsageError for
-    kernels that this machine does not have, ModelError for a decoder that is not supported.
+    pages of the KV cache are coded in plies, which the pack must know how to do. Raises UsageError
+    for kernels that this machine does not have, ModelError for a decoder that is not supported.
     """
     from pliant import _core
 
@@ -110,9 +110,12 @@ def open_tokenizer(pack: Pack) -> Tokenizer:
     return tokenizer
 
 
-def pack_sizes(pack: Pack, executor: Executor) -> PackSizes:
-    """What the model takes at each number of rungs that are here, for plans."""
+def pack_sizes(pack: Pack, executor: Executor, chunk: int = 0) -> PackSizes:
+    """What the model takes at each number of rungs that are here, for plans; `chunk`: tokens that
+    are computed at once."""
     count = pack.rungs_available
+    kv_rungs = executor.kv_rung_bytes
+    kv = pack.manifest.kv if kv_rungs else None
     scales = pack.units.scale_bytes
     return PackSizes(
         weights=[scales + size for size in pack.layout.payload[: count + 1].tolist()],
@@ -122,6 +125,10 @@ def pack_sizes(pack: Pack, executor: Executor) -> PackSizes:
         context=pack.manifest.model.context,
         kv_page_tokens=executor.kv_page_tokens,
         kv_page_bytes=executor.kv_page_bytes,
+        kv_rungs=kv_rungs,
+        kv_quality=kv.quality if kv is not None else (),
+        # A chunk may begin and end inside a page.
+        kv_chunk=chunk // executor.kv_page_tokens + 1 if kv_rungs else 0,
     )
 
 

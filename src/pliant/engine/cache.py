@@ -21,7 +21,7 @@ from pliant.engine.parking import Page, Parked
 from pliant.engine.prefixes import Prefixes
 from pliant.engine.seam import Executor
 from pliant.errors import ChecksumError, EngineError
-from pliant.memory.plan import PackSizes
+from pliant.memory.plan import PackSizes, Plan
 
 __all__ = ["Cache", "CacheFull", "Keep", "ParkedLost", "Rank"]
 
@@ -71,12 +71,16 @@ class _Entry:
 class Cache:
     """The sequences of one executor. Everything here is called with the turn taken.
 
-    context, pages: the most tokens of one sequence, and the most pages of all, as planned
+    context, pages: the most tokens of one sequence, and the most pages of all, as planned. If full
+    pages are coded, these are pages of the level that holds now, and the newest page of a sequence,
+    which is exact, counts as `tail` more.
     """
 
-    def __init__(self, executor: Executor, sizes: PackSizes, context: int, pages: int) -> None:
-        self.context = context
-        self.pages = pages
+    def __init__(self, executor: Executor, sizes: PackSizes, plan: Plan) -> None:
+        self.context = plan.context
+        self.pages = plan.kv_pages
+        self.tail = plan.kv_tail
+        self.level = plan.kv_level
         self.page_tokens = sizes.kv_page_tokens
         self.prefixes = Prefixes(executor.drop_pages)
         self._executor = executor
@@ -107,15 +111,19 @@ class Cache:
                 entry.parked.close()
         self._entries.clear()
 
-    def truncate(self, sequence: int, length: int) -> None:
-        """Forget the tokens of a session from `length` on."""
+    def truncate(self, sequence: int, length: int) -> int:
+        """Forget the tokens of a session from `length` on; inside a coded page, all of that page.
+
+        Returns how many are left.
+        """
         entry = self._entries[sequence]
         if entry.parked is None:
-            self._executor.truncate(sequence, length)
+            length = self._executor.truncate(sequence, length)
         elif length == 0:
             entry.parked.close()
             entry.parked = None
         entry.length = length
+        return length
 
     def reserve(self, sequence: int, tokens: int) -> bool:
         """Promise room for `tokens` tokens in all, until `release`. False: not now."""
@@ -238,7 +246,7 @@ class Cache:
                     f"the context is full: it holds {self.context} tokens, and {after} were to be "
                     "in it; a larger budget or context holds more"
                 )
-            extra += self._sizes.pages(max(after, entry.promised or 0)) - self._held(entry)
+            extra += self._pages(max(after, entry.promised or 0)) - self._held(entry)
         if not self._make_room(extra, set(sequences)):
             raise CacheFull(
                 f"the KV cache is full: it holds {self.pages} pages of "
@@ -259,32 +267,52 @@ class Cache:
 
     # --- limits
 
-    def needs(self, keep: Keep) -> tuple[int, int]:
-        """The most tokens of one sequence and the pages of all that a plan must leave."""
+    def needs(self, keep: Keep) -> tuple[int, int, int]:
+        """The most tokens of one sequence, and the pages and the sequences of all, that a plan must
+        leave; here pages are those that tokens are in, exact or not."""
         context = promised = largest = 0
+        sessions, answers, idle = 0, 0, 0
         for entry in list(self._entries.values()):  # also asked for without the turn
             tokens = max(entry.length, entry.promised or 0, entry.claim)
+            flies = entry.promised is not None
+            answers += entry.rank is not None and flies
             if entry.rank is not None:
                 largest = max(largest, self._sizes.pages(tokens))
-            elif entry.promised is not None:
-                promised += self._held(entry)
-            elif keep is not Keep.SESSIONS or entry.parked is not None:
+            elif flies:
+                promised += self._sizes.pages(max(entry.length, entry.promised or 0))
+                sessions += 1
+            if not flies and entry.parked is None and entry.length:
+                idle += 1
+            if (
+                entry.rank is None
+                and not flies
+                and (keep is not Keep.SESSIONS or entry.parked is not None)
+            ):
                 continue
             context = max(context, tokens)
-        least = promised + largest
+        least, tails = promised + largest, sessions + (largest > 0)
         if keep is Keep.LEAST:
-            return context, least
+            return context, least, tails
         if keep is Keep.SESSIONS:
-            return context, max(self._taken() - self.prefixes.idle, least)
-        return context, max(self._needed(()), least)
+            count = sessions + answers + idle
+            taken = self._taken() - self.prefixes.idle - count * self.tail
+        else:
+            count = sessions + answers
+            taken = self._needed(()) - count * self.tail
+        return context, max(taken, least), max(count, tails)
 
-    def limit(self, context: int, pages: int) -> None:
+    def limit(self, plan: Plan) -> None:
         """New limits, which leave what `needs` says of the least.
 
-        What is too much goes: kept prefixes, then what is idle to disk, then answers are set aside,
-        the largest rank first. EngineError, and the old limits, if a session cannot be written.
+        Pages lose rungs where the level falls. What is too much goes: kept prefixes, then what is
+        idle to disk, then answers are set aside, the largest rank first. EngineError, and the old
+        limits but for the level, if a session cannot be written.
         """
-        before, self.pages = self.pages, pages
+        before = self.pages, self.tail
+        self.pages, self.tail = plan.kv_pages, plan.kv_tail
+        if plan.kv_level != self.level:
+            self._executor.set_kv_level(plan.kv_level)
+            self.level = plan.kv_level
         try:
             while not self._make_room(0, ()):
                 found = [
@@ -293,12 +321,14 @@ class Cache:
                     if entry.rank is not None and entry.promised is not None
                 ]
                 if not found:
-                    raise CacheFull(f"the sessions in flight need more than {pages} pages of KV")
+                    raise CacheFull(
+                        f"the sessions in flight need more than {self.pages} pages of KV"
+                    )
                 self.set_aside(max(found)[1])
         except BaseException:
-            self.pages = before
+            self.pages, self.tail = before
             raise
-        self.context = context
+        self.context = plan.context
 
     @property
     def used(self) -> int:
@@ -318,33 +348,43 @@ class Cache:
 
     # --- inside
 
+    def _pages(self, tokens: int) -> int:
+        """Pages that count for `tokens` tokens of a sequence."""
+        return self._sizes.pages(tokens) + (self.tail if tokens else 0)
+
     def _held(self, entry: _Entry) -> int:
         """Pages that count for an entry."""
         if entry.promised is not None:
-            return self._sizes.pages(max(entry.length, entry.promised))
-        return 0 if entry.parked is not None else self._sizes.pages(entry.length)
+            return self._pages(max(entry.length, entry.promised))
+        return 0 if entry.parked is not None else self._pages(entry.length)
 
     def _taken(self) -> int:
         """Pages in memory, each once, and those that were promised and are not there yet."""
-        return self._executor.kv_pages_used + sum(map(self._to_come, list(self._entries.values())))
+        taken = self._executor.kv_pages_used
+        for entry in list(self._entries.values()):
+            taken += self._to_come(entry) + self._own_tail(entry)
+        return taken
+
+    def _own_tail(self, entry: _Entry) -> int:
+        return self.tail if entry.length and entry.parked is None else 0
 
     def _to_come(self, entry: _Entry) -> int:
         """Pages that were promised to an entry and are not there yet."""
         if entry.promised is None:
             return 0
-        there = len(entry.keys) if entry.parked is not None else self._sizes.pages(entry.length)
+        there = len(entry.keys) if entry.parked is not None else self._pages(entry.length)
         return self._held(entry) - there
 
     def _needed(self, keep: Collection[int]) -> int:
         """What `_taken` would be with nothing kept for reuse, and with everything idle on disk that
         is not among `keep`."""
-        pages, to_come = set[int](), 0
+        pages, others = set[int](), 0
         for sequence, entry in self._entries.items():
             if sequence in keep or entry.promised is not None:
                 pages.update(self._executor.pages(sequence))
                 pages.update(self.prefixes.pages(entry.keys))
-                to_come += self._to_come(entry)
-        return len(pages) + to_come
+                others += self._to_come(entry) + self._own_tail(entry)
+        return len(pages) + others
 
     def _make_room(self, extra: int, keep: Collection[int]) -> bool:
         """Give up kept prefixes and park what is idle until `extra` more pages fit; False, and no
@@ -368,20 +408,22 @@ class Cache:
     def _park(self, sequence: int) -> None:
         """Write a sequence to disk. An answer that cannot be written is emptied; EngineError for a
         session."""
-        entry, size = self._entries[sequence], self._sizes.kv_page_bytes
+        entry = self._entries[sequence]
         answer = entry.rank is not None
-        if answer and self.parked[1] + self._held(entry) * size > _MOST_PARKED:
+        size = self._held(entry) * self._sizes.page_bytes(self.level)
+        if answer and self.parked[1] + size > _MOST_PARKED:
             self._empty(sequence)
             return
 
-        def pages() -> Iterator[Page]:
-            buffer = np.empty(size, np.uint8)
+        def pages() -> Iterator[tuple[int, Page]]:
             for page in range(self._sizes.pages(entry.length)):
+                rungs, size = self._executor.page_form(sequence, page)
+                buffer = np.empty(size, np.uint8)
                 self._executor.take_page(sequence, page, buffer)
-                yield buffer
+                yield rungs, buffer
 
         try:
-            entry.parked = Parked(pages(), entry.length, size)
+            entry.parked = Parked(pages(), entry.length)
         except (OSError, EngineError) as error:
             if answer:
                 self._empty(sequence)
@@ -408,12 +450,12 @@ class Cache:
     def _bring_back(self, sequence: int, entry: _Entry) -> None:
         parked, entry.parked = entry.parked, None
         assert parked is not None
-        tokens, buffer = self._sizes.kv_page_tokens, np.empty(self._sizes.kv_page_bytes, np.uint8)
+        tokens = self._sizes.kv_page_tokens
         try:
             for page in range(len(entry.keys), self._sizes.pages(entry.length)):
-                parked.read(page, buffer)
+                rungs, data = parked.read(page)
                 count = min(tokens, entry.length - page * tokens)
-                self._executor.put_page(sequence, count, buffer)
+                self._executor.put_page(sequence, count, data, rungs)
         except (OSError, ChecksumError) as error:
             self._empty(sequence)
             raise ParkedLost(sequence, error) from error

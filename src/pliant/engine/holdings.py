@@ -114,7 +114,7 @@ class Holdings:
         self.wish = wish
         self.ledger = Ledger(self._total(wish, self.plan))
         self.weights = Weights(executor, files, sizes, turns)
-        self.cache = Cache(executor, sizes, self.plan.context, self.plan.kv_pages)
+        self.cache = Cache(executor, sizes, self.plan)
         self.change: Change | None = None
         """The newest change."""
         self._executor = executor
@@ -124,6 +124,8 @@ class Holdings:
         self._moved = moved
         self._settled = (self.plan, wish)
         executor.reserve_kv(sizes.pages(sizes.context) * wish.sessions)
+        if self.plan.kv_level:
+            executor.set_kv_level(self.plan.kv_level)
         for owner, size in self.plan.lines():
             self.ledger.hold(owner, size, touched=0 if owner in _RESERVED else None)
 
@@ -162,15 +164,11 @@ class Holdings:
         with self._turns.next(hurry=True):
             check()
             plan = self._best(wish)
-            # What was there before must leave room for what comes; both limits hold meanwhile.
-            pages = min(self.cache.pages, plan.kv_pages)
             grows = plan.rungs > self.weights.depth.rungs
             if plan.rungs != self.weights.depth.rungs:
                 self.cache.forget()  # pages of another depth are never used again
-            if grows:
-                self.cache.limit(min(self.cache.context, plan.context), pages)
-            else:
-                self.cache.limit(plan.context, plan.kv_pages)
+            # What was there before must leave room for what comes; both limits hold meanwhile.
+            self.cache.limit(self._meanwhile(plan) if grows else plan)
             ticket = self.weights.limit(plan.rungs)
             self._executor.trim_kv()
             kv = min(plan.kv, self.ledger.owners()["kv"][0]) if grows else plan.kv
@@ -218,7 +216,7 @@ class Holdings:
                 return False
             if check is not None:
                 check()
-            self.cache.limit(plan.context, plan.kv_pages)
+            self.cache.limit(plan)
             self.cache.forget()  # the depth is another
             self.ledger.move({"weights": plan.arena, "kv": plan.kv}, self._total(wish, plan))
             self.plan, self.wish = plan, wish
@@ -234,8 +232,15 @@ class Holdings:
         return make_plan(self._sizes, self._fixed, self._needs(wish, Keep.LEAST))
 
     def _needs(self, wish: Wish, keep: Keep) -> Wish:
-        context, pages = self.cache.needs(keep)
-        return replace(wish, least_context=context, least_pages=pages)
+        context, pages, tails = self.cache.needs(keep)
+        return replace(wish, least_context=context, least_pages=pages, least_tails=tails)
+
+    def _meanwhile(self, plan: Plan) -> Plan:
+        """The KV limits until the rungs of `plan` are read: no more than before or after."""
+        now = self.plan
+        if plan.kv < now.kv or (plan.kv == now.kv and plan.kv_level <= now.kv_level):
+            now = plan
+        return replace(now, context=min(self.cache.context, plan.context))
 
     @staticmethod
     def _total(wish: Wish, plan: Plan) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pliant.engine.auto import first_budget
 from pliant.engine.build import build_executor, default_threads, open_tokenizer, pack_sizes
@@ -63,8 +63,10 @@ def open_parts(
     answers: int = 1,
     also: Also | None = None,
     limit: int | None = None,
+    coded_kv: bool = False,
 ) -> Parts:
-    """Open a pack and build executor and tokenizer. `limit`: most bytes for base tensors."""
+    """Open a pack and build executor and tokenizer. `limit`: most bytes for base tensors;
+    `coded_kv`: full pages of the KV cache are coded."""
     if isinstance(answers, bool) or not isinstance(answers, int) or not 1 <= answers <= 4096:
         raise UsageError(f"answers must be from 1 to 4096, and not {answers!r}")
     if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 4096:
@@ -75,11 +77,16 @@ def open_parts(
     meter = Meter()
     pack = Pack.open(path, limit=limit)
     meter.mark("base")
+    if coded_kv and pack.manifest.kv is None:
+        raise UsageError(
+            f"{pack.path} does not say how to code a KV cache: pack the model again with this "
+            "version of pliant, or use 16 bits"
+        )
     tokenizer = open_tokenizer(pack)
     grown = meter.mark("tokenizer")
     mapped = pack.manifest.files["tokenizer.bin"].bytes
     unread = max(0, mapped - getattr(tokenizer, "resident_bytes", mapped))
-    executor = build_executor(pack, threads=count, isa=isa, chunk=chunk)
+    executor = build_executor(pack, threads=count, isa=isa, chunk=chunk, coded_kv=coded_kv)
     meter.mark("base")
     found = find_template(pack.path) if chat else None
     template = None if found is None else ChatTemplate(*found)
@@ -106,7 +113,7 @@ def open_parts(
         fixed[also[0]] = parts[also[0]]
     fixed["margin"] += -sum(fixed.values()) % ROUNDING
     named = tuple((name, max(size, 0)) for name, size in fixed.items() if size)
-    return Parts(pack, executor, tokenizer, pack_sizes(pack, executor), named, template)
+    return Parts(pack, executor, tokenizer, pack_sizes(pack, executor, chunk), named, template)
 
 
 def load(
@@ -121,7 +128,8 @@ def load(
     max_kl: float | None = None,
     threads: int | None = None,
     isa: str = "auto",
-    kv_bits: int = 16,
+    kv_bits: float | Literal["auto"] = 16,
+    kv_floor: float | None = None,
     chunk: int = 128,
     chat: bool = True,
     answers: int = 1,
@@ -139,7 +147,10 @@ def load(
     min_bits, max_kl: the floor of quality, in bits per weight and nats of expected KL divergence
     threads:   None: the CPUs that this process may use
     isa:       kernels: "auto", or one of pliant._core.cpu_isa()
-    kv_bits:   bits of a value in the KV cache; 16 is the only choice
+    kv_bits:   bits of a value in the KV cache, scales included. 16: exact. Fewer: full pages are
+               coded in plies, with the most rungs that have no more bits. "auto": with as many as
+               serve best, weights and KV together, as the budget moves
+    kv_floor:  with "auto", never fewer bits than these
     chunk:     tokens of a prompt that are computed at once; fewer take less memory
     chat:      prepare the chat template, if the pack has one (some 7 MiB for jinja2)
     answers:   how many answers may be computed in one step; each needs a row of logits
@@ -150,8 +161,12 @@ def load(
     Raises PackError for a pack that cannot be used, BudgetError with the sum if it does not fit,
     UsageError for arguments without meaning.
     """
-    if kv_bits != 16:
-        raise UsageError(f"kv_bits must be 16, and not {kv_bits!r}")
+    if kv_bits != "auto" and (
+        isinstance(kv_bits, bool) or not isinstance(kv_bits, int | float) or not 1 <= kv_bits <= 16
+    ):
+        raise UsageError(f"kv_bits must be from 1 to 16, or 'auto', and not {kv_bits!r}")
+    if kv_floor is not None and kv_bits != "auto":
+        raise UsageError("kv_floor belongs to kv_bits='auto'")
     auto = memory == "auto"
     if keep_free is not None and not auto:
         raise UsageError("keep_free belongs to memory='auto'")
@@ -165,6 +180,8 @@ def load(
         sessions=sessions,
         min_bits=min_bits,
         max_kl=max_kl,
+        kv_bits=None if kv_bits == "auto" or kv_bits == 16 else kv_bits,
+        kv_floor=kv_floor,
     )
     parts = open_parts(
         path,
@@ -175,6 +192,7 @@ def load(
         answers=answers,
         also=also,
         limit=wish.memory,
+        coded_kv=kv_bits != 16,
     )
     if auto:
         first = first_budget(parts.sizes, parts.fixed, wish, free, Sources())

@@ -34,17 +34,17 @@ def parking_folder() -> Path:
 class Parked:
     """The pages of one sequence."""
 
-    __slots__ = ("_descriptor", "_page_bytes", "pages", "tokens")
+    __slots__ = ("_descriptor", "_places", "tokens")
 
-    def __init__(self, pages: Iterator[Page], tokens: int, page_bytes: int) -> None:
-        """Write pages of `page_bytes` bytes, which hold `tokens` tokens; OSError if it fails."""
+    def __init__(self, pages: Iterator[tuple[int, Page]], tokens: int) -> None:
+        """Write pages, each with its rungs (0: exact), which hold `tokens` tokens; OSError if it
+        fails."""
         folder = parking_folder()
         self._descriptor = _nameless(folder)
-        self._page_bytes = page_bytes
+        self._places: list[tuple[int, int]] = []  # rungs, and where the page ends
         self.tokens = tokens
-        self.pages = 0
         try:
-            for page in pages:
+            for rungs, page in pages:
                 check = zlib.crc32(page.data).to_bytes(4, "little")
                 left = [page.data, memoryview(check)]
                 while left:
@@ -53,22 +53,30 @@ class Parked:
                         done -= len(left.pop(0))
                     if left:
                         left[0] = left[0][done:]
-                self.pages += 1
+                self._places.append((rungs, self.bytes + len(page) + 4))
         except BaseException:
             self.close()
             raise
 
     @property
+    def pages(self) -> int:
+        """How many there are."""
+        return len(self._places)
+
+    @property
     def bytes(self) -> int:
         """Size of the file."""
-        return self.pages * (self._page_bytes + 4)
+        return self._places[-1][1] if self._places else 0
 
-    def read(self, page: int, into: Page) -> None:
-        """Fill uint8 [page_bytes] with a page. OSError, or ChecksumError if it is damaged."""
-        check, at = bytearray(4), page * (self._page_bytes + 4)
-        got = os.preadv(self._descriptor, [into.data, check], at)
-        if got != self._page_bytes + 4 or zlib.crc32(into.data) != int.from_bytes(check, "little"):
+    def read(self, page: int) -> tuple[int, Page]:
+        """The rungs of a page, and its bytes. OSError, or ChecksumError if it is damaged."""
+        rungs, end = self._places[page]
+        begin = self._places[page - 1][1] if page else 0
+        check, data = bytearray(4), np.empty(end - begin - 4, np.uint8)
+        got = os.preadv(self._descriptor, [data.data, check], begin)
+        if got != end - begin or zlib.crc32(data.data) != int.from_bytes(check, "little"):
             raise ChecksumError(f"page {page} of a parked session is not as it was written")
+        return rungs, data
 
     def close(self) -> None:
         """Delete the file."""

@@ -90,7 +90,7 @@ class Session(Closing):
             common += 1
         if common < len(self.tokens):
             with self._model._turn() as cache:
-                cache.truncate(self.sequence, common)
+                common = cache.truncate(self.sequence, common)
             del self.tokens[common:]
         return common
 

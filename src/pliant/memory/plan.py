@@ -37,6 +37,9 @@ LEAST_CONTEXT = 512
 KV_SHARE = 6
 """Without a stated context one part in six of what is left for weights and KV goes to KV."""
 
+KV_DIVERGENCE = 0.1
+"""Part of the expected KL that coded KV may add where the bits of KV are free."""
+
 MOST_KL = 10.0
 """Expected KL is never said to be more: a model that is so far off guesses blindly."""
 
@@ -54,6 +57,10 @@ class PackSizes:
     `weights[k]` and `arena[k]` are for the first k rungs; both rise, and have one entry more than
     there are rungs. `coded` counts the weights of the matrices that are coded in plies, `quality`
     has points of (weights, KL), `context` is the longest that the model was made for.
+
+    A KV page takes `kv_page_bytes` as long as it is exact. If full pages are coded, `kv_rungs[r]`
+    is what one takes with r rungs, `kv_quality[r - 1]` the KL that this is expected to cost, and
+    `kv_chunk` the exact pages that a chunk of a prompt may fill at once; else they are empty.
     """
 
     weights: Sequence[int]
@@ -63,6 +70,9 @@ class PackSizes:
     context: int
     kv_page_tokens: int
     kv_page_bytes: int
+    kv_rungs: Sequence[int] = ()
+    kv_quality: Sequence[float] = ()
+    kv_chunk: int = 0
 
     @property
     def rungs(self) -> int:
@@ -74,8 +84,30 @@ class PackSizes:
         return -(-context // self.kv_page_tokens)
 
     def kv(self, context: int, sessions: int) -> int:
-        """Bytes of KV for `sessions` sessions of `context` tokens each."""
+        """Bytes of exact KV for `sessions` sessions of `context` tokens each."""
         return self.pages(context) * sessions * self.kv_page_bytes
+
+    @property
+    def kv_levels(self) -> range:
+        """The numbers of rungs that coded pages can have; 0 alone if pages are exact."""
+        return range(1, len(self.kv_rungs)) if self.kv_rungs else range(1)
+
+    def page_bytes(self, level: int) -> int:
+        """Bytes of a full page with `level` rungs; 0: exact."""
+        return self.kv_rungs[level] if level else self.kv_page_bytes
+
+    def kv_bits(self, level: int) -> float:
+        """Bits per value of a full page, scales included."""
+        return 16 * self.page_bytes(level) / self.kv_page_bytes
+
+    def tail(self, level: int) -> int:
+        """What the newest page of a sequence, which is exact, takes beyond a coded one, in pages
+        of that level."""
+        return -(-self.kv_page_bytes // self.page_bytes(level)) - 1 if level else 0
+
+    def kv_divergence(self, level: int) -> float:
+        """The KL that coded pages are expected to cost, all of them being coded."""
+        return self.kv_quality[level - 1] if level else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +115,10 @@ class Wish:
     """What the user wants held. None: not stated.
 
     `memory`: bytes of the whole process. `weights`: bytes of plies and scales. `context`: tokens of
-    each of `sessions`. `min_bits`, `max_kl`: the floor of quality. `least_context`, `least_pages`:
-    the most tokens of one session and the KV pages of all that are promised already, which the plan
-    must not take away.
+    each of `sessions`. `min_bits`, `max_kl`: the floor of quality. `kv_bits`, `kv_floor`: the most
+    and the fewest bits of a value in coded pages. `least_context`, `least_pages`, `least_tails`:
+    the most tokens of one session, and the KV pages and the sequences of all that are promised
+    already, which the plan must not take away.
     """
 
     memory: int | None = None
@@ -94,8 +127,11 @@ class Wish:
     sessions: int = 1
     min_bits: float | None = None
     max_kl: float | None = None
+    kv_bits: float | None = None
+    kv_floor: float | None = None
     least_context: int = 0
     least_pages: int = 0
+    least_tails: int = 0
 
     def __post_init__(self) -> None:
         if self.sessions < 1:
@@ -106,11 +142,19 @@ class Wish:
             raise UsageError(f"min_bits must be from 0 to 64, and not {self.min_bits}")
         if self.max_kl is not None and not self.max_kl > 0:
             raise UsageError(f"max_kl must be above 0, and not {self.max_kl}")
+        for name, bits in (("kv_bits", self.kv_bits), ("kv_floor", self.kv_floor)):
+            if bits is not None and not 1 <= bits <= 16:
+                raise UsageError(f"{name} must be from 1 to 16, and not {bits}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is held. `fixed` are the parts that no plan can change, name and bytes."""
+    """What is held. `fixed` are the parts that no plan can change, name and bytes.
+
+    `kv_level`: rungs of coded KV pages, 0 if they are exact; `kv_bits`: bits per value that they
+    have. `kv_pages` counts pages of that level, and `kv_tail` how many of them the newest page of a
+    sequence is worth besides its own.
+    """
 
     memory: int | None
     rungs: int
@@ -120,6 +164,9 @@ class Plan:
     sessions: int
     kv_pages: int
     kv: int
+    kv_level: int
+    kv_bits: float
+    kv_tail: int
     fixed: tuple[tuple[str, int], ...]
     bits_per_weight: float | None
     expected_kl: float | None
@@ -221,7 +268,27 @@ def smallest(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) -
     rungs = floor_rungs(sizes, wish)
     if wish.weights is not None:
         rungs = _fixed_rungs(sizes, wish, rungs)
-    return _plan(sizes, fixed, wish, rungs, least_context(sizes, wish))
+    return _plan(sizes, fixed, wish, rungs, least_context(sizes, wish), kv_levels(sizes, wish)[0])
+
+
+def kv_levels(sizes: PackSizes, wish: Wish) -> list[int]:
+    """How many rungs coded pages may have, rising; [0] if pages are exact. UsageError if none."""
+    levels = list(sizes.kv_levels)
+    if not sizes.kv_rungs:
+        return levels
+    most = 16.0 if wish.kv_bits is None else wish.kv_bits
+    levels = [level for level in levels if sizes.kv_bits(level) <= most]
+    if wish.kv_bits is not None:
+        levels = levels[-1:]  # the wish is no limit
+    floor = 0.0 if wish.kv_floor is None else wish.kv_floor
+    within = [level for level in levels if sizes.kv_bits(level) >= floor]
+    if not within:
+        least, top = sizes.kv_bits(1), sizes.kv_bits(len(sizes.kv_rungs) - 1)
+        raise UsageError(
+            f"{most:g} bits of KV with a floor of {floor:g} cannot be had: this pack has "
+            f"{least:.2f} to {top:.2f}"
+        )
+    return within
 
 
 def make_plan(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) -> Plan:
@@ -230,25 +297,55 @@ def make_plan(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) 
     Without `memory` everything is held, up to the wished weights and context. With it, the context
     is the wished one and the weights get the rest, in whole rungs. If no context was wished, KV
     gets one part in KV_SHARE of what the fixed parts leave, at least LEAST_CONTEXT tokens, the
-    weights the rest, and KV what they leave over. Raises BudgetError with the sum if the smallest
-    plan is larger than `memory`.
+    weights the rest, and KV what they leave over.
+
+    If pages are coded and their bits were not stated, they have those with which the expected KL of
+    weights and KV together is least; without a stated context, the fewest that add no more than a
+    tenth to that of the weights. Raises BudgetError with the sum if the smallest plan is larger
+    than `memory`.
     """
     floor = smallest(sizes, fixed, wish)
+    levels = kv_levels(sizes, wish)
     most_context = sizes.context if wish.context is None else wish.context
     if wish.memory is None:
         rungs = floor.rungs if wish.weights is not None else sizes.rungs
-        return _plan(sizes, fixed, wish, rungs, most_context)
+        return _plan(sizes, fixed, wish, rungs, most_context, levels[-1])
     if floor.total > wish.memory:
         raise BudgetError(_refusal(sizes, wish, floor))
     room = wish.memory - sum(size for _, size in fixed)
-    rungs = floor.rungs
+    plans = [
+        plan
+        for level in levels
+        if (plan := _plan_at(sizes, fixed, wish, level, floor.rungs, room)).total <= wish.memory
+    ]
+    if wish.context is None:
+        for plan in plans:
+            if sizes.kv_divergence(plan.kv_level) <= KV_DIVERGENCE * (plan.expected_kl or 0.0):
+                return plan
+        return plans[-1]
+    return min(plans, key=lambda plan: (plan.expected_kl or 0.0, -plan.kv_level))
+
+
+def _plan_at(
+    sizes: PackSizes,
+    fixed: tuple[tuple[str, int], ...],
+    wish: Wish,
+    level: int,
+    rungs: int,
+    room: int,
+) -> Plan:
+    """The best plan with KV pages of `level` rungs, in `room` bytes for weights and KV; at least
+    `rungs` of the weights."""
+    most_context = sizes.context if wish.context is None else wish.context
+    least = _plan(sizes, fixed, wish, rungs, least_context(sizes, wish), level)
     if wish.weights is None:
-        most_kv = sizes.kv(most_context, wish.sessions)
-        for_kv = max(min(room // KV_SHARE, most_kv), floor.kv)
+        most = _plan(sizes, fixed, wish, rungs, most_context, level)
+        for_kv = max(min(room // KV_SHARE, most.kv), least.kv)
         rungs = max(rungs, bisect_right(sizes.arena, room - for_kv) - 1)
-    pages = (room - sizes.arena[rungs]) // (sizes.kv_page_bytes * wish.sessions)
+    left = room - sizes.arena[rungs] - _tails(sizes, wish, level)
+    pages = max(left, 0) // (sizes.page_bytes(level) * wish.sessions)
     context = min(pages * sizes.kv_page_tokens, most_context)
-    return _plan(sizes, fixed, wish, rungs, max(context, least_context(sizes, wish)))
+    return _plan(sizes, fixed, wish, rungs, max(context, least_context(sizes, wish)), level)
 
 
 def _fixed_rungs(sizes: PackSizes, wish: Wish, floor: int) -> int:
@@ -262,11 +359,27 @@ def _fixed_rungs(sizes: PackSizes, wish: Wish, floor: int) -> int:
     return rungs
 
 
+def _tails(sizes: PackSizes, wish: Wish, level: int) -> int:
+    """Bytes of exact pages beside coded ones: of each sequence, and those that a chunk fills."""
+    if not level:
+        return 0
+    tails = max(wish.sessions, wish.least_tails) * sizes.tail(level) * sizes.page_bytes(level)
+    return tails + sizes.kv_chunk * sizes.kv_page_bytes
+
+
 def _plan(
-    sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish, rungs: int, context: int
+    sizes: PackSizes,
+    fixed: tuple[tuple[str, int], ...],
+    wish: Wish,
+    rungs: int,
+    context: int,
+    level: int,
 ) -> Plan:
     weights = sizes.weights[rungs]
-    pages = max(sizes.pages(context) * wish.sessions, wish.least_pages)
+    tails = max(wish.sessions, wish.least_tails) * sizes.tail(level)
+    pages = max(sizes.pages(context) * wish.sessions, wish.least_pages) + tails
+    chunk = sizes.kv_chunk * sizes.kv_page_bytes if level else 0
+    kl = expected_kl(sizes.quality, weights) if sizes.coded else None
     return Plan(
         memory=wish.memory,
         rungs=rungs,
@@ -275,10 +388,13 @@ def _plan(
         context=max(context, wish.least_context),
         sessions=wish.sessions,
         kv_pages=pages,
-        kv=pages * sizes.kv_page_bytes,
+        kv=pages * sizes.page_bytes(level) + chunk,
+        kv_level=level,
+        kv_bits=sizes.kv_bits(level),
+        kv_tail=sizes.tail(level),
         fixed=fixed,
         bits_per_weight=bits_per_weight(weights, sizes.coded),
-        expected_kl=expected_kl(sizes.quality, weights) if sizes.coded else None,
+        expected_kl=kl if kl is None else min(kl + sizes.kv_divergence(level), MOST_KL),
     )
 
 
@@ -287,8 +403,9 @@ def _refusal(sizes: PackSizes, wish: Wish, floor: Plan) -> str:
     rungs = "1 rung" if floor.rungs == 1 else f"{floor.rungs} rungs"
     parts = [*floor.fixed, (f"weights, {rungs}", floor.arena)]
     other = "" if wish.context is None else ", or ask for less context"
-    if floor.kv_pages == wish.least_pages:
-        kv = f"kv, {floor.kv_pages * sizes.kv_page_tokens} tokens in use or promised"
+    pages = sizes.pages(least_context(sizes, wish)) * floor.sessions
+    if wish.least_pages > pages or (wish.least_pages == pages and pages):
+        kv = f"kv, {wish.least_pages * sizes.kv_page_tokens} tokens in use or promised"
         other = ", or wait until the answers in progress have ended"
     else:
         kv = f"kv, {least_context(sizes, wish)} tokens"

@@ -197,9 +197,10 @@ def calibrate(
 ) -> dict[str, Importance]:
     """Fisher information of every matrix of a transformers decoder.
 
-    `kv` gathers what there is to know of keys and values on the way. Returns the information by names of the pack: `layers.i.*`, `embed` and `head`, the last two apart also
-    where they are one matrix. `progress(done, all)` is called after every window. Memory beyond
-    the model: the activations of one window, and about 5 chunks of 64 MiB for the head.
+    `kv` gathers what there is to know of keys and values on the way. Returns the information by
+    names of the pack: `layers.i.*`, `embed` and `head`, the last two apart also where they are one
+    matrix. `progress(done, all)` is called after every window. Memory beyond the model: the
+    activations of one window, and about 5 chunks of 64 MiB for the head.
     """
     generator = torch.Generator().manual_seed(seed)
     embedding: torch.Tensor = model.get_input_embeddings().weight.detach()

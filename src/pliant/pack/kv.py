@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,11 +84,12 @@ class KvMoments:
     @contextmanager
     def watch(self, model: Any) -> Iterator[None]:
         """Look at keys, values and their gradients inside."""
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
+        from transformers import modeling_utils
 
+        functions: Any = modeling_utils.ALL_ATTENTION_FUNCTIONS
         name = model.config._attn_implementation
         eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
-        usual = FUNCTIONS.get_interface(name, eager)
+        usual = functions.get_interface(name, eager)
 
         def attention(
             module: Any,
@@ -101,15 +102,15 @@ class KvMoments:
             for kind, x in enumerate((key, value)):
                 if x.requires_grad:
                     head = self.heads.setdefault((module.layer_idx, kind), _Head())
-                    seen = x.detach()[0]
-                    x.register_hook(lambda g, head=head, seen=seen: head.count(seen, g[0]))
+                    seen, hook = x.detach()[0], cast("Any", x.register_hook)
+                    hook(lambda g, head=head, seen=seen: head.count(seen, g[0]))
             return usual(module, query, key, value, *a, **k)
 
-        FUNCTIONS[name] = attention
+        functions[name] = attention
         try:
             yield
         finally:
-            del FUNCTIONS[name]  # the usual one comes to light again
+            del functions[name]  # the usual one comes to light again
 
 
 def make_kv(moments: KvMoments) -> KvCoding:
@@ -125,8 +126,8 @@ def make_kv(moments: KvMoments) -> KvCoding:
             for part in (moments.heads[layer, 0], moments.heads[layer, 1])
         ]
         for keys, values in zip(*both, strict=True):  # units go by head, then keys and values
-            for *turn, cost in (keys, values):
-                turns.append(tuple(turn))  # type: ignore[arg-type]
+            for mean, scale, order, cost in (keys, values):
+                turns.append((mean, scale, order))
                 costs.append(cost)
     ladder, rungs, quality = _ladder(np.concatenate(costs))
     shape = (layers, len(turns) // layers // 2, 2, channels)
