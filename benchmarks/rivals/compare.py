@@ -126,6 +126,31 @@ def table(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, list[str]]
     ), missed
 
 
+def brief(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """The table of the README: what a pack is at each size, and the file of the same bytes."""
+    files = {file["file_bytes"]: name for name, file in theirs["files"].items() if name != "F32"}
+    rows = []
+    for size in ours["sizes"]:
+        row = [f"{size['weights'] / 1e6:.1f} MB", f"{size['bits_per_weight']:.2f}"]
+        row += [short(size["kl"]), short(size["expected_kl"]), f"{size['top1']:.3f}"]
+        name = files.get(size["weights"])
+        if name is None:
+            rows.append([*row, "none", "", ""])
+            continue
+        file = theirs["files"][name]
+        same = " (format of the source)" if target(name, file) is None else ""
+        rows.append([*row, name + same, short(file["kl"]), short(file["kl_weights"])])
+    head = ["weights", "bits a weight", "KL", "expected by the pack", "top-1"]
+    return markdown(
+        [*head, "llama.cpp file of these bytes", "its KL", "its weights alone"], rows
+    ).replace("|---|---:|---:|---:|---:|---:|", "|---:|---:|---:|---:|---:|---|")
+
+
+def short(kl: float) -> str:
+    """Three figures, and at most four places."""
+    return f"{kl:.3f}" if kl >= 0.1 else f"{kl:.4f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("pack", type=Path)
@@ -144,6 +169,7 @@ def main() -> None:
         choices=("quality", "speed", "table"),
         help="other figures in OUT stay as they are",
     )
+    parser.add_argument("--brief", action="store_true", help="print the table of the README")
     parser.add_argument("--check", action="store_true", help="fail if a target is missed")
     args = parser.parse_args()
 
@@ -177,7 +203,7 @@ def main() -> None:
         speed(args.pack, ours["sizes"], args.threads)
         write_json(out, ours)
     text, missed = table(ours, theirs)
-    print(text)
+    print(brief(ours, theirs) if args.brief else text)
     draw([(ours, theirs)], plot)
     for line in missed:
         print(line, file=sys.stderr)
