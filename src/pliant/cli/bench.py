@@ -155,7 +155,11 @@ def _walk(options: argparse.Namespace, limits: dict[str, Any]) -> int:
 
 
 def _measure(model: Model, options: argparse.Namespace, what: str, bar: Bar) -> dict[str, Any]:
-    """Medians at the depth that is resident; the probes stand between the runs."""
+    """Medians at the depth that is resident.
+
+    What memory gives changes from one second to the next where a machine is shared, so each run
+    of decode stands between two probes, and its share is taken of their mean.
+    """
     import numpy as np
 
     from pliant import _core
@@ -166,36 +170,42 @@ def _measure(model: Model, options: argparse.Namespace, what: str, bar: Bar) -> 
     prompts = generator.integers(0, vocab, (batch, options.prompt_tokens), np.int32)
     nexts = generator.integers(0, vocab, (options.tokens, batch), np.int32)
     prefill, decode, probes = [], [], []
+
+    def probe() -> float:
+        return _core.read_bandwidth(PROBE // MIB, threads, 3)
+
     for turn in range(options.repeat + 1):  # the first one warms up
-        probe = _core.read_bandwidth(PROBE // MIB, threads, 3)
         sessions = [model.session() for _ in range(batch)]
         try:
             begin = time.perf_counter()
             for session, prompt in zip(sessions, prompts.tolist(), strict=True):
                 session.feed(prompt)
+            read = time.perf_counter()
+            before = probe()
             middle = time.perf_counter()
             for tokens in nexts:
                 model.step_all(sessions, tokens)
             end = time.perf_counter()
+            after = probe()
         finally:
             for session in sessions:
                 session.close()
         if turn:
-            prefill.append(batch * options.prompt_tokens / (middle - begin))
+            prefill.append(batch * options.prompt_tokens / (read - begin))
             decode.append(batch * options.tokens / (end - middle))
-            probes.append(probe)
+            probes.append((before + after) / 2)
         bar(what, (turn + 1) / (options.repeat + 1))
-    bandwidth, speed = float(np.median(probes)), float(np.median(decode))
     report = model.report()
-    read = report.ledger["weights"][0] + (0 if report.weights else report.ledger["base"][0])
+    resident = report.ledger["weights"][0] + (0 if report.weights else report.ledger["base"][0])
+    reading = resident * np.array(decode) / batch
     return {
         "prefill_tokens_per_second": float(np.median(prefill)),
         "prefill_range": [min(prefill), max(prefill)],
-        "decode_tokens_per_second": speed,
+        "decode_tokens_per_second": float(np.median(decode)),
         "decode_range": [min(decode), max(decode)],
-        "bandwidth": bandwidth,
-        "read_per_second": read * speed / batch,
-        "share": read * speed / batch / bandwidth,
+        "bandwidth": float(np.median(probes)),
+        "read_per_second": float(np.median(reading)),
+        "share": float(np.median(reading / probes)),
         "resident": report.resident,
     }
 
