@@ -42,11 +42,20 @@ def speed(pack: Path, sizes: list[dict[str, Any]], threads: int) -> None:
         size["bandwidth"] = round(told["bandwidth"])
 
 
-def quality(pack: Path, weights: int, reference: Reference, threads: int) -> dict[str, Any]:
-    """Score of one size. ``weights``: most bytes of resident plies and scales."""
+def quality(
+    pack: Path, weights: int, reference: Reference, threads: int, before: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Score of one size. ``weights``: most bytes of resident plies and scales.
+
+    Sizes with the very same plies resident have the same figures, so these are taken from those
+    that were scored ``before`` in this run.
+    """
     with pliant.load(pack, weights=weights, threads=threads) as model:
-        score = reference.score(lambda ids: model.logits(ids.tolist()))
         depth = model.depth
+        for size in before:
+            if size["resident_weights"] == depth.weights:
+                return {**size, "weights": weights}
+        score = reference.score(lambda ids: model.logits(ids.tolist()))
     if depth.weights > weights:
         raise RuntimeError(f"{depth.weights} bytes of weights are resident, {weights} were allowed")
     return {
@@ -193,8 +202,10 @@ def main() -> None:
         wanted |= {theirs["files"][key]["file_bytes"] for key in files}
         reference = Reference.read(args.work / name, args.windows)
         sizes = {} if args.files is None else measured(out, reference)
+        scored: list[dict[str, Any]] = []
         for weights in sorted(wanted):
-            size = quality(args.pack, weights, reference, args.threads)
+            size = quality(args.pack, weights, reference, args.threads, scored)
+            scored.append(size)
             sizes[weights] = size
             print(f"{weights / 1e6:.1f} MB: KL {size['kl']:.6f}", file=sys.stderr)
             ours["sizes"] = [sizes[key] for key in sorted(sizes)]
