@@ -460,6 +460,7 @@ def test_unused_memory_goes_back(tmp_path: Path) -> None:
     assert executor.memory()["kv"] == 0
 
 
+@pytest.mark.resident
 def test_a_hundred_thousand_changes_leave_nothing_behind(tmp_path: Path) -> None:
     """The resident set after any number of changes is that of the depth, and of nothing else."""
     from pliant.memory.budget import measure

@@ -42,11 +42,20 @@ def speed(pack: Path, sizes: list[dict[str, Any]], threads: int) -> None:
         size["bandwidth"] = round(told["bandwidth"])
 
 
-def quality(pack: Path, weights: int, reference: Reference, threads: int) -> dict[str, Any]:
-    """Score of one size. ``weights``: most bytes of resident plies and scales."""
+def quality(
+    pack: Path, weights: int, reference: Reference, threads: int, before: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Score of one size. ``weights``: most bytes of resident plies and scales.
+
+    Sizes with the very same plies resident have the same figures, so these are taken from those
+    that were scored ``before`` in this run.
+    """
     with pliant.load(pack, weights=weights, threads=threads) as model:
-        score = reference.score(lambda ids: model.logits(ids.tolist()))
         depth = model.depth
+        for size in before:
+            if size["resident_weights"] == depth.weights:
+                return {**size, "weights": weights}
+        score = reference.score(lambda ids: model.logits(ids.tolist()))
     if depth.weights > weights:
         raise RuntimeError(f"{depth.weights} bytes of weights are resident, {weights} were allowed")
     return {
@@ -126,6 +135,31 @@ def table(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, list[str]]
     ), missed
 
 
+def brief(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """The table of the README: what a pack is at each size, and the file of the same bytes."""
+    files = {file["file_bytes"]: name for name, file in theirs["files"].items() if name != "F32"}
+    rows = []
+    for size in ours["sizes"]:
+        row = [f"{size['weights'] / 1e6:.1f} MB", f"{size['bits_per_weight']:.2f}"]
+        row += [short(size["kl"]), short(size["expected_kl"]), f"{size['top1']:.3f}"]
+        name = files.get(size["weights"])
+        if name is None:
+            rows.append([*row, "none", "", ""])
+            continue
+        file = theirs["files"][name]
+        same = " (format of the source)" if target(name, file) is None else ""
+        rows.append([*row, name + same, short(file["kl"]), short(file["kl_weights"])])
+    head = ["weights", "bits a weight", "KL", "expected by the pack", "top-1"]
+    return markdown(
+        [*head, "llama.cpp file of these bytes", "its KL", "its weights alone"], rows
+    ).replace("|---|---:|---:|---:|---:|---:|", "|---:|---:|---:|---:|---:|---|")
+
+
+def short(kl: float) -> str:
+    """Three figures, and at most four places."""
+    return f"{kl:.3f}" if kl >= 0.1 else f"{kl:.4f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("pack", type=Path)
@@ -144,6 +178,7 @@ def main() -> None:
         choices=("quality", "speed", "table"),
         help="other figures in OUT stay as they are",
     )
+    parser.add_argument("--brief", action="store_true", help="print the table of the README")
     parser.add_argument("--check", action="store_true", help="fail if a target is missed")
     args = parser.parse_args()
 
@@ -167,8 +202,10 @@ def main() -> None:
         wanted |= {theirs["files"][key]["file_bytes"] for key in files}
         reference = Reference.read(args.work / name, args.windows)
         sizes = {} if args.files is None else measured(out, reference)
+        scored: list[dict[str, Any]] = []
         for weights in sorted(wanted):
-            size = quality(args.pack, weights, reference, args.threads)
+            size = quality(args.pack, weights, reference, args.threads, scored)
+            scored.append(size)
             sizes[weights] = size
             print(f"{weights / 1e6:.1f} MB: KL {size['kl']:.6f}", file=sys.stderr)
             ours["sizes"] = [sizes[key] for key in sorted(sizes)]
@@ -177,7 +214,7 @@ def main() -> None:
         speed(args.pack, ours["sizes"], args.threads)
         write_json(out, ours)
     text, missed = table(ours, theirs)
-    print(text)
+    print(brief(ours, theirs) if args.brief else text)
     draw([(ours, theirs)], plot)
     for line in missed:
         print(line, file=sys.stderr)

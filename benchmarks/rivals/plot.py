@@ -56,7 +56,12 @@ def panel(axes: Axes, ours: Result | None, theirs: Result | None) -> None:
         lowest = min(point[0] for point in points)
         widest = max(point[0] for point in points)
         for megabytes, kl, name in points:
-            right = megabytes > lowest + 0.85 * (widest - lowest)
+            # The name stands to the left at the edge of the picture, and where another point is
+            # in its way.
+            right = megabytes > lowest + 0.85 * (widest - lowest) or any(
+                0 < other - megabytes < 0.15 * (widest - lowest) and 0.8 < near / kl < 1.25
+                for other, near, _ in points
+            )
             axes.annotate(
                 name,
                 (megabytes, kl),

@@ -189,6 +189,8 @@ bool Weights::read(int first, const std::vector<RungSource>& sources, const Read
                 complete[static_cast<size_t>(i)] =
                     read_rung(source, direct, to, first + i, pace, ended);
             } catch (...) {
+                // Who overtakes may take the memory away under a read, before its checksum.
+                if (newest_.load() > how.ticket) return;
                 const std::lock_guard lock(guard);
                 if (!error) error = std::current_exception();
                 failed = true;

@@ -36,13 +36,21 @@ void run_vector(const CodedProduct& p, const Run& run) {
         const int32_t bias_middle = -128 * (p.x->sum_lo[at_x] + p.x->sum_hi[at_x]);
         const __m512 factor = _mm512_set1_ps(factor_of(p, 0, g, N));
         const uint8_t* const codes = block.codes[static_cast<size_t>(g)];
-        const uint8_t* planes[N];
-        for (int i = 0; i < N; ++i)
-            planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] +
-                        static_cast<size_t>(p.first) * 256;
+        const bool more = g + 1 < run.first + run.count;
+        const uint8_t *planes[N], *following[N];
+        for (int i = 0; i < N; ++i) {
+            const size_t at = static_cast<size_t>(g * kMaxDepth + i);
+            planes[i] = block.planes[at] + static_cast<size_t>(p.first) * 256;
+            following[i] =
+                !more ? nullptr : block.planes[at + kMaxDepth] + static_cast<size_t>(p.first) * 256;
+        }
         float* out = p.out;
         for (int s = p.first; s < p.last; ++s, out += kSupertile) {
-            fetch_ahead<N>(planes);
+            // The rows after the last are another thread's; this one goes on with the next group.
+            if (const int beyond = s + kAhead - p.last; beyond < 0)
+                fetch<N>(planes, kAhead);
+            else if (more && p.first + beyond < p.last)
+                fetch<N>(following, beyond);
             __m512 step[2];
             row_steps(codes, static_cast<size_t>(s), steps, step);
             repeat<2>([&]<int half>() PLIANT_LAMBDA {

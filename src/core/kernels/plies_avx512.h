@@ -113,14 +113,14 @@ PLIANT_INLINE void collect(const uint8_t* const* planes, size_t offset, __m512i*
     }
 }
 
-constexpr int kAhead = 768;  // bytes of a ply that are fetched before they are needed
+constexpr int kAhead = 3;  // supertiles that are fetched before they are needed
 
-// What three supertiles later will be read of the plies.
+// What will be read of the plies that many supertiles later.
 template <int N>
-PLIANT_INLINE void fetch_ahead(const uint8_t* const* planes) {
+PLIANT_INLINE void fetch(const uint8_t* const* planes, int later) {
     repeat<N>([&]<int i>() PLIANT_LAMBDA {
         for (int line = 0; line < 4; ++line)
-            _mm_prefetch(reinterpret_cast<const char*>(planes[i] + kAhead + 64 * line),
+            _mm_prefetch(reinterpret_cast<const char*>(planes[i] + 256 * later + 64 * line),
                          _MM_HINT_T0);
     });
 }
@@ -168,7 +168,7 @@ PLIANT_INLINE float factor_of(const CodedProduct& p, int token, int g, int depth
 template <int N>
 PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi, const Table<N>& lo,
                           uint8_t* wh, uint8_t* wl) {
-    fetch_ahead<N>(planes);
+    fetch<N>(planes, kAhead);
     for (int half = 0; half < 2; ++half)
         for (int h = 0; h < 2; ++h) {
             __m512i index[8];

@@ -21,7 +21,6 @@ from pliant.errors import UsageError
 from pliant.sizes import MIB, format_mb, format_size
 
 if TYPE_CHECKING:
-    from pliant.cli.progress import Bar
     from pliant.engine.model import Model
 
 PROBE = 128 * MIB  # larger than any cache, so that it is memory that is measured
@@ -103,22 +102,19 @@ def run(options: argparse.Namespace) -> int:
         plans = [(size, model.plan_for(memory=size)) for size in options.memory]
         plans += [(None, model.plan_for(weights=size)) for size in options.weights]
         plans = plans or [(None, model.plan_for())]
+        turns: list[list[dict[str, Any]]] = [[] for _ in plans]
+        total = (options.repeat + 1) * len(plans)
         with progress_bar(quiet=options.json) as bar:
-            sizes = []
-            for memory, plan in plans:
+            # Sizes take turns, so that what the machine does meanwhile befalls all of them.
+            for number in range(total):
+                (_, plan), taken = plans[number % len(plans)], turns[number % len(plans)]
                 model.resize(weights=plan.weights or None)
-                what = f"measuring {format_mb(plan.weights)}"
-                measured = _measure(model, options, what, bar)
-                depth = model.depth
-                sizes.append(
-                    {
-                        "memory": memory,
-                        "weights": depth.weights,
-                        "bits_per_weight": depth.bits_per_weight,
-                        "expected_kl": depth.expected_kl,
-                        **measured,
-                    }
-                )
+                taken.append(_measure(model, options))
+                bar("measuring", (number + 1) / total)
+        sizes = [
+            {"memory": memory, **_medians(taken[1:], options)}  # the first one warms up
+            for (memory, _), taken in zip(plans, turns, strict=True)
+        ]
         report = model.report()
         answer = {
             "pack": options.pack,
@@ -154,49 +150,73 @@ def _walk(options: argparse.Namespace, limits: dict[str, Any]) -> int:
     return 0
 
 
-def _measure(model: Model, options: argparse.Namespace, what: str, bar: Bar) -> dict[str, Any]:
-    """Medians at the depth that is resident; the probes stand between the runs."""
+def _measure(model: Model, options: argparse.Namespace) -> dict[str, Any]:
+    """One run at the depth that is resident: seconds, and the read bandwidth beside them.
+
+    What memory gives changes from one second to the next where a machine is shared, so decode
+    stands between two probes.
+    """
     import numpy as np
 
     from pliant import _core
 
-    threads = model.report().threads
+    report, depth = model.report(), model.depth
     vocab, batch = model.pack.manifest.model.vocab, options.batch
     generator = np.random.default_rng(0)
     prompts = generator.integers(0, vocab, (batch, options.prompt_tokens), np.int32)
     nexts = generator.integers(0, vocab, (options.tokens, batch), np.int32)
-    prefill, decode, probes = [], [], []
-    for turn in range(options.repeat + 1):  # the first one warms up
-        probe = _core.read_bandwidth(PROBE // MIB, threads, 3)
-        sessions = [model.session() for _ in range(batch)]
-        try:
-            begin = time.perf_counter()
-            for session, prompt in zip(sessions, prompts.tolist(), strict=True):
-                session.feed(prompt)
-            middle = time.perf_counter()
-            for tokens in nexts:
-                model.step_all(sessions, tokens)
-            end = time.perf_counter()
-        finally:
-            for session in sessions:
-                session.close()
-        if turn:
-            prefill.append(batch * options.prompt_tokens / (middle - begin))
-            decode.append(batch * options.tokens / (end - middle))
-            probes.append(probe)
-        bar(what, (turn + 1) / (options.repeat + 1))
-    bandwidth, speed = float(np.median(probes)), float(np.median(decode))
-    report = model.report()
+
+    def probe() -> float:
+        return _core.read_bandwidth(PROBE // MIB, report.threads, 3)
+
+    sessions = [model.session() for _ in range(batch)]
+    try:
+        begin = time.perf_counter()
+        for session, prompt in zip(sessions, prompts.tolist(), strict=True):
+            session.feed(prompt)
+        prefill = time.perf_counter() - begin
+        before = probe()
+        begin = time.perf_counter()
+        for tokens in nexts:
+            model.step_all(sessions, tokens)
+        decode = time.perf_counter() - begin
+        bandwidth = (before + probe()) / 2
+        resident = model.report().resident
+    finally:
+        for session in sessions:
+            session.close()
     read = report.ledger["weights"][0] + (0 if report.weights else report.ledger["base"][0])
     return {
-        "prefill_tokens_per_second": float(np.median(prefill)),
-        "prefill_range": [min(prefill), max(prefill)],
-        "decode_tokens_per_second": speed,
-        "decode_range": [min(decode), max(decode)],
+        "weights": depth.weights,
+        "bits_per_weight": depth.bits_per_weight,
+        "expected_kl": depth.expected_kl,
+        "resident": resident,
+        "prefill": prefill,
+        "decode": decode,
         "bandwidth": bandwidth,
-        "read_per_second": read * speed / batch,
-        "share": read * speed / batch / bandwidth,
-        "resident": report.resident,
+        "read_per_second": read * options.tokens / decode,
+    }
+
+
+def _medians(turns: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one size, from all its runs. The share is of the bandwidth beside each run."""
+    import numpy as np
+
+    def column(key: str) -> Any:
+        return np.array([turn[key] for turn in turns])
+
+    prefill = options.batch * options.prompt_tokens / column("prefill")
+    decode = options.batch * options.tokens / column("decode")
+    return {
+        **{key: turns[-1][key] for key in ("weights", "bits_per_weight", "expected_kl")},
+        "prefill_tokens_per_second": float(np.median(prefill)),
+        "prefill_range": [float(prefill.min()), float(prefill.max())],
+        "decode_tokens_per_second": float(np.median(decode)),
+        "decode_range": [float(decode.min()), float(decode.max())],
+        "bandwidth": float(np.median(column("bandwidth"))),
+        "read_per_second": float(np.median(column("read_per_second"))),
+        "share": float(np.median(column("read_per_second") / column("bandwidth"))),
+        "resident": turns[-1]["resident"],
     }
 
 
