@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import pliant
 from pliant.engine.answers import Answer, Piece, Request
-from pliant.engine.pace import Pace
+from pliant.engine.pace import Pace, shares
 from pliant.engine.prefixes import Prefixes, page_keys
 from pliant.engine.sampling import Sampling
 from pliant.engine.scheduler import Scheduler
@@ -733,6 +733,15 @@ def test_the_pace_keeps_steps_within_twice_their_time() -> None:
     assert 38 <= pace.allowance(9) <= 40
     pace.observe(9, 0, 1000.0)  # the machine slept
     assert pace.allowance(9) <= 140
+
+
+def test_half_of_an_allowance_is_for_the_oldest_prompt() -> None:
+    assert shares([100], 10) == [10]
+    assert shares([100, 50], 10) == [5, 5]
+    assert shares([100, 50, 3], 10) == [5, 2, 3]  # then the shortest
+    assert shares([2, 50, 60], 11) == [2, 9, 0]
+    assert shares([100, 2, 3], 20) == [15, 2, 3]  # what nobody needs is the oldest's again
+    assert shares([1, 1], 10) == [1, 1]
 
 
 def test_the_pace_looks_again_now_and_then() -> None:

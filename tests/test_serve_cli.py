@@ -241,7 +241,16 @@ def test_top_shows_a_server(pack: Path, capsys: pytest.CaptureFixture[str]) -> N
         server.post("/v1/completions", {"prompt": "x", "max_tokens": 3})
         assert main(["top", "--url", server.url, "--once"]) == 0
         text = capsys.readouterr().out
-        for word in ("tiny", "resident", "waiting 0", "weights", "interpreter", "depth", "embed"):
+        for word in (
+            "tiny",
+            "resident",
+            "waiting 0",
+            "on disk 0",
+            "weights",
+            "interpreter",
+            "depth",
+            "embed",
+        ):
             assert word in text
         assert main(["top", "--url", server.url, "--json"]) == 0
         state = json.loads(capsys.readouterr().out)
