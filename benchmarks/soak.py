@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import pliant
-from budget import SAMPLER, TOLERANCE
+from budgets.common import TOLERANCE
+from budgets.walk import SAMPLER
 from clients import Answer, Running, pliant_server
 from pliant.memory.plan import bits_per_weight
 
