@@ -24,7 +24,8 @@ class Pace:
     what was read before. Behind a long beginning that alone may be more than a step shall take
     longer. One token a step would then cost answers as much as eight, and for eight times as long.
     So a step that reads has at least some tokens, and what it takes too long is owed: steps without
-    prompts follow until answers have had their time.
+    prompts follow until answers have had their time. With a stretch of a half, steps that take more
+    than twice as long are the fewer ones.
     """
 
     __slots__ = (
@@ -39,7 +40,7 @@ class Pace:
         "_token",
     )
 
-    def __init__(self, *, stretch: float = 0.6, least: int = 8, most: int = 256) -> None:
+    def __init__(self, *, stretch: float = 0.5, least: int = 8, most: int = 256) -> None:
         """`stretch`: by how much prompts may lengthen steps that continue answers in the mean, as a
         part of their time. `least`, `most`: bounds on the tokens of a step that reads."""
         self._stretch = stretch
