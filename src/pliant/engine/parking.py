@@ -1,6 +1,6 @@
-"""KV pages of an idle session on disk, until it goes on.
+"""KV pages of an idle session or answer on disk, until it goes on.
 
-Each session has a file of its own, which has no name: nobody else can open it, and it is gone when
+Each has a file of its own, which has no name: nobody else can open it, and it is gone when
 it is closed or the process ends, however that happens. It holds page after page as the core has
 them in memory, each followed by its CRC-32 in 4 bytes, little-endian.
 """
@@ -68,7 +68,7 @@ class Parked:
         check, at = bytearray(4), page * (self._page_bytes + 4)
         got = os.preadv(self._descriptor, [into.data, check], at)
         if got != self._page_bytes + 4 or zlib.crc32(into.data) != int.from_bytes(check, "little"):
-            raise ChecksumError(f"page {page} of a parked session is not as it was written")
+            raise ChecksumError(f"page {page} of what was parked is not as it was written")
 
     def close(self) -> None:
         """Delete the file."""
