@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import pliant
-from budget import SAMPLER, TOLERANCE
+from budgets.common import TOLERANCE
+from budgets.walk import SAMPLER
 from clients import Answer, Running, pliant_server
 from pliant.memory.plan import bits_per_weight
 
@@ -73,6 +74,8 @@ class Soak:
         state = self.server.send("GET", "/v1/budget")[1]
         self.least, self.most = state["least"], state["most"]
         self._set(self.most)
+        if not self.moves:
+            raise RuntimeError("the server does not take the largest budget")
         self._end = time.monotonic() + self.seconds
         threads = [threading.Thread(target=self._client, args=(n,)) for n in range(clients)]
         threads.append(threading.Thread(target=self._budgets))
@@ -269,6 +272,7 @@ def main() -> int:
         **compared,
         "samples": len(samples),
         "over_budget": over,
+        "slowest_move_seconds": max(one.answered - one.asked for one in soak.moves),
         "least": soak.least,
         "most": soak.most,
         **{name: counters[name] for name in ("preemptions", "resumed_tokens", "answer_tokens")},

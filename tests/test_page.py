@@ -15,6 +15,7 @@ from tiny import roomy, write_tiny_pack
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+sync_api.expect.set_options(timeout=30_000)  # a busy machine is no failure
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 import pliant
 from pliant.engine.answers import Answer, Piece, Request
-from pliant.engine.pace import Pace
+from pliant.engine.pace import Pace, shares
 from pliant.engine.prefixes import Prefixes, page_keys
 from pliant.engine.sampling import Sampling
 from pliant.engine.scheduler import Scheduler
@@ -735,6 +736,37 @@ def test_the_pace_keeps_steps_within_twice_their_time() -> None:
     assert pace.allowance(9) <= 140
 
 
+@pytest.mark.parametrize(("begin", "token"), [(0.006, 0.0018), (0.030, 0.0012), (0.090, 0.0012)])
+def test_the_pace_is_kept_where_reading_has_a_price_of_its_own(begin: float, token: float) -> None:
+    pace, alone = Pace(), 0.045
+    pace.observe(0, 256, 256 * 0.0005)
+    given, times = [], []
+    for _ in range(1000):
+        given.append(pace.allowance(8))
+        times.append(alone + (begin + token * given[-1] if given[-1] else 0.0))
+        pace.observe(8, given[-1], times[-1])
+    assert min(tokens for tokens in given if tokens) >= 8
+    assert sum(times[50:]) / len(times[50:]) <= 1.6 * alone
+    assert sum(given) >= 1000 * 8 * 0.5 * alone / (begin + 8 * token) * 0.7
+
+
+def test_a_pace_without_bounds_reads_as_fast_as_it_can() -> None:
+    pace = Pace(stretch=math.inf, least=256)
+    pace.observe(4, 0, 0.01)
+    for _ in range(20):
+        assert pace.allowance(4) == 256
+        pace.observe(4, 256, 1.0)
+
+
+def test_half_of_an_allowance_is_for_the_oldest_prompt() -> None:
+    assert shares([100], 10) == [10]
+    assert shares([100, 50], 10) == [5, 5]
+    assert shares([100, 50, 3], 10) == [5, 2, 3]  # then the shortest
+    assert shares([2, 50, 60], 11) == [2, 9, 0]
+    assert shares([100, 2, 3], 20) == [15, 2, 3]  # what nobody needs is the oldest's again
+    assert shares([1, 1], 10) == [1, 1]
+
+
 def test_the_pace_looks_again_now_and_then() -> None:
     pace = Pace(least=8, most=64)
     pace.observe(2, 0, 0.01)
@@ -742,7 +774,7 @@ def test_the_pace_looks_again_now_and_then() -> None:
     given = []
     for _ in range(100):
         given.append(pace.allowance(2))
-        pace.observe(2, given[-1], 0.02)
+        pace.observe(2, given[-1], 0.015 if given[-1] else 0.01)
     assert 2 <= given.count(0) <= 4
     assert min(tokens for tokens in given if tokens) >= 8
 

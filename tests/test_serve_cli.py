@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -30,6 +31,17 @@ WAIT = 60.0
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_pack(tmp_path_factory.mktemp("serve") / "tiny.pack", least=2)
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """Commands set up a log, which writes to a standard error that ends with the test."""
+    root, ours = logging.getLogger(), logging.getLogger("pliant")
+    before = root.handlers[:], root.level, ours.level
+    yield
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    ours.setLevel(before[2])
 
 
 @contextmanager
@@ -241,7 +253,16 @@ def test_top_shows_a_server(pack: Path, capsys: pytest.CaptureFixture[str]) -> N
         server.post("/v1/completions", {"prompt": "x", "max_tokens": 3})
         assert main(["top", "--url", server.url, "--once"]) == 0
         text = capsys.readouterr().out
-        for word in ("tiny", "resident", "waiting 0", "weights", "interpreter", "depth", "embed"):
+        for word in (
+            "tiny",
+            "resident",
+            "waiting 0",
+            "on disk 0",
+            "weights",
+            "interpreter",
+            "depth",
+            "embed",
+        ):
             assert word in text
         assert main(["top", "--url", server.url, "--json"]) == 0
         state = json.loads(capsys.readouterr().out)

@@ -772,7 +772,8 @@ def test_health_state_and_metrics(server: Server) -> None:
     assert values['pliant_prompt_tokens_total{source="computed"}'] > 0
     assert values["pliant_first_token_seconds_count"] > 0
     assert values['pliant_ledger_bytes{owner="weights",state="touched"}'] > 0
-    assert values["pliant_waiting"] == 0
+    assert values["pliant_waiting"] == values["pliant_parked_bytes"] == 0
+    assert values["pliant_resumed_tokens_total"] >= 0
 
 
 def test_the_page_needs_nothing_from_elsewhere(server: Server) -> None:

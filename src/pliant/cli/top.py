@@ -102,8 +102,8 @@ def screen(now: dict[str, Any], before: dict[str, Any] | None, width: int) -> st
         f"{quality_text(budget['bits_per_weight'], budget['expected_kl'])}   "
         f"rungs {budget['rungs']} of {budget['rungs_available']}   context {budget['context']}",
         f"resident {format_size(budget['resident'])} {limit}, peak {format_size(budget['peak'])}",
-        f"running {now['running']}   waiting {now['waiting']}   KV pages: "
-        f"{pages['used'] - pages['kept']} used, {pages['kept']} kept, "
+        f"running {now['running']}   waiting {now['waiting']}   on disk {budget['parked']}   "
+        f"KV pages: {pages['used'] - pages['kept']} used, {pages['kept']} kept, "
         f"{pages['total'] - pages['used']} free",
         _speed(now, before),
         "",
@@ -133,8 +133,9 @@ def _ledger(budget: dict[str, Any], width: int) -> list[str]:
         bar = "█" * round(item["touched"] / total * wide)
         held = "░" * (round(item["held"] / total * wide) - len(bar))
         rows.append([owner, format_size(item["touched"]), format_size(item["held"]), bar + held])
-    text = table(["owner", "touched", "held", ""], rows, left=1)
-    return [line.rstrip() for line in text.splitlines()]
+    text = table(["owner", "touched", "held"], [row[:3] for row in rows], left=1).splitlines()
+    bars = ["", *(row[3] for row in rows)]
+    return [f"{line}  {bar}".rstrip() for line, bar in zip(text, bars, strict=True)]
 
 
 def _heat(matrices: dict[str, float], width: int) -> list[str]:

@@ -1,6 +1,6 @@
-"""KV pages of an idle session on disk, until it goes on.
+"""KV pages of an idle session or answer on disk, until it goes on.
 
-Each session has a file of its own, which has no name: nobody else can open it, and it is gone when
+Each has a file of its own, which has no name: nobody else can open it, and it is gone when
 it is closed or the process ends, however that happens. It holds page after page as the core has
 them in memory, each followed by its CRC-32 in 4 bytes, little-endian.
 """
@@ -75,7 +75,7 @@ class Parked:
         check, data = bytearray(4), np.empty(end - begin - 4, np.uint8)
         got = os.preadv(self._descriptor, [data.data, check], begin)
         if got != end - begin or zlib.crc32(data.data) != int.from_bytes(check, "little"):
-            raise ChecksumError(f"page {page} of a parked session is not as it was written")
+            raise ChecksumError(f"page {page} of what was parked is not as it was written")
         return rungs, data
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ The requests go through the same application as over HTTP, without the network.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -111,7 +112,7 @@ def run_batch(settings: Settings, source: str, target: str, show: Show) -> Progr
         progress = Progress(len(places), skipped=len(places) - len(left))
         if left:
             # The lines of the file are the queue, and nobody waits for a single token.
-            settings = replace(settings, most_waiting=2**20, pace=Pace(least=256))
+            settings = replace(settings, most_waiting=2**20, pace=Pace(stretch=math.inf, least=256))
             with open_app(settings) as app, open(target, "ab") as answers:  # noqa: PTH123
                 asyncio.run(_Batch(app, settings, requests, answers, progress, show).run(left))
     return progress

@@ -211,6 +211,7 @@ function depth(matrices) {
 function work(state) {
   const pages = state.pages;
   $('running').textContent = state.running;
+  $('parked').textContent = state.budget.parked;
   $('waiting').textContent = state.waiting;
   $('pages').textContent = `${pages.used - pages.kept}, ${pages.kept}, ${pages.total - pages.used}`;
   if (!last) return;
