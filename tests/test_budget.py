@@ -524,16 +524,17 @@ def test_parked_files_have_no_name_and_are_closed(pack: Path, tmp_path: Path) ->
 def test_a_damaged_parked_page_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     page = np.arange(64, dtype=np.uint8)
-    parked = Parked(iter([page, page[::-1].copy()]), 40, 64)
-    into = np.empty(64, np.uint8)
-    parked.read(1, into)
-    assert np.array_equal(into, page[::-1])
+    parked = Parked(iter([(3, page), (0, page[:40:-1].copy())]), 40)
+    assert (parked.pages, parked.bytes) == (2, 64 + 4 + 23 + 4)
+    rungs, data = parked.read(1)
+    assert rungs == 0
+    assert np.array_equal(data, page[:40:-1])
     os.pwrite(parked._descriptor, b"\xff", 70)
     with pytest.raises(ChecksumError):
-        parked.read(1, into)
-    parked.read(0, into)
-    with pytest.raises(ChecksumError):
-        parked.read(2, into)
+        parked.read(1)
+    assert parked.read(0)[0] == 3
+    with pytest.raises(IndexError):
+        parked.read(2)
     parked.close()
 
 

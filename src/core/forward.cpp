@@ -433,14 +433,14 @@ void Forward::attend_part(Worker& w, int l, int kv_head, int sequence, int part,
     if (begin < exact) {
         const std::vector<int>& pages = e_.kv.pages(sequence);
         w.slots.clear();
-        w.depths.clear();
+        w.maps.clear();
         for (int page = begin; page < exact; ++page) {
             w.slots.push_back(e_.kv.slot(at(pages, page)));
-            w.depths.push_back(ladder.depths(e_.kv.rungs(at(pages, page))));
+            w.maps.push_back(ladder.map(e_.kv.rungs(at(pages, page))));
         }
         const CodedQueries coded_queries = room.coded();
         kernels_.attend_coded({ladder.groups(), count, &coded_queries, positions, window, begin,
-                               exact - begin, w.slots.data(), w.depths.data(), ladder.places(),
+                               exact - begin, w.slots.data(), w.maps.data(),
                                ladder.unit(l, kv_head, false), ladder.unit(l, kv_head, true),
                                &e_.weights.levels, m_.attn_softcap, drawn});
         for (int slot = 0; slot < count; ++slot)
@@ -471,7 +471,7 @@ void Forward::code_page(int l, int kv_head, const FullPage& full) {
         {m_.head_dim, ladder.groups(), e_.kv.keys(full.sequence, full.page, l, kv_head),
          e_.kv.values(full.sequence, full.page, l, kv_head), ladder.turn(l, kv_head, false),
          ladder.turn(l, kv_head, true), ladder.thresholds(), e_.kv.slot(page),
-         ladder.depths(e_.kv.rungs(page)), ladder.places(), ladder.unit(l, kv_head, false),
+         ladder.map(e_.kv.rungs(page)), ladder.unit(l, kv_head, false),
          ladder.unit(l, kv_head, true)});
 }
 

@@ -37,7 +37,8 @@ class Forward {
         size_t phase = 0;  // the next one
         // Pages of one task.
         std::vector<const uint16_t*> keys = {}, values = {};
-        std::vector<const uint8_t*> slots = {}, depths = {};
+        std::vector<const uint8_t*> slots = {};
+        std::vector<SlotMap> maps = {};
     };
     // Queries of one sequence that share a KV head, and the parts of the pages that they look at. A
     // query is token · group + head in the group.

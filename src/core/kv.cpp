@@ -107,7 +107,10 @@ uint64_t KvCache::shallow(int page, int rungs) {
     check_used({page});
     const size_t at = static_cast<size_t>(page);
     if (rungs < 1) throw UsageError("a KV page keeps at least one rung");
-    if (rungs_[at] > rungs) rungs_[at] = rungs;
+    if (rungs_[at] > rungs) {
+        ladder.shrink(slot(page), rungs_[at], rungs);
+        rungs_[at] = rungs;
+    }
     if (rungs_[at] == 0 || touched_rungs_[at] <= rungs_[at]) return 0;
     const uint64_t begin = ladder.bytes(rungs_[at]), end = ladder.bytes(touched_rungs_[at]);
     const uint64_t base = static_cast<uint64_t>(slot(page) - slots_.data());

@@ -1,6 +1,7 @@
 #include "kv_ladder.h"
 
 #include <cmath>
+#include <cstring>
 #include <string>
 
 #include "error.h"
@@ -8,7 +9,6 @@
 namespace pliant {
 
 namespace {
-constexpr uint64_t kUnitPly = kHalf * kPageTokens / 8;  // bytes of one ply of one unit
 uint64_t whole_pages(uint64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 }  // namespace
 
@@ -22,23 +22,37 @@ KvLadder::KvLadder(const ModelSpec& model)
 void KvLadder::set(const std::vector<uint32_t>& units, const std::vector<uint32_t>& plies,
                    const float* thresholds) {
     const size_t count = static_cast<size_t>(units_);
-    std::vector<uint64_t> ends{whole_pages(count / 2 * kPageTokens)};
-    std::vector<uint8_t> depth(count, 0), depths(count, 0);
-    std::vector<uint32_t> places(count * kMaxDepth, 0);
+    std::vector<uint64_t> ends;
+    std::vector<uint8_t> depth(count, 0), depths;
+    std::vector<uint32_t> starts, codes;
+    const size_t of_head = static_cast<size_t>(4 * groups_);
+    const auto lay_out = [&] {
+        uint64_t place = 0;
+        for (size_t first = 0; first < count; first += of_head) {
+            for (size_t i = 0; i < of_head / 2; ++i, place += kPageTokens)
+                codes.push_back(static_cast<uint32_t>(place));
+            place = (place + 63) / 64 * 64;
+            for (size_t i = first; i < first + of_head; ++i) {
+                starts.push_back(static_cast<uint32_t>(place));
+                place += static_cast<uint64_t>(depth[i]) * kUnitPly;
+            }
+            if (place > INT32_MAX) throw FormatError("a page of KV is too large");
+        }
+        ends.push_back(whole_pages(place));
+        depths.insert(depths.end(), depth.begin(), depth.end());
+    };
+    lay_out();
     size_t at = 0;
     for (uint32_t rung : plies) {
         if (rung == 0 || rung > units.size() - at)
             throw FormatError("the rungs of the KV ladder do not match its plies");
-        uint64_t place = ends.back();
-        for (uint32_t i = 0; i < rung; ++i, ++at, place += kUnitPly) {
+        for (uint32_t i = 0; i < rung; ++i, ++at) {
             const uint32_t unit = units[at];
             if (unit >= count || depth[unit] >= kMaxDepth)
                 throw FormatError("the KV ladder has a unit that does not exist or is too deep");
-            if (place > UINT32_MAX - kUnitPly) throw FormatError("a page of KV is too large");
-            places[unit * kMaxDepth + depth[unit]++] = static_cast<uint32_t>(place);
+            ++depth[unit];
         }
-        ends.push_back(whole_pages(place));
-        depths.insert(depths.end(), depth.begin(), depth.end());
+        lay_out();
     }
     if (at != units.size() || plies.empty())
         throw FormatError("the rungs of the KV ladder do not match its plies");
@@ -58,7 +72,21 @@ void KvLadder::set(const std::vector<uint32_t>& units, const std::vector<uint32_
     turned_.assign(static_cast<size_t>(layers_ * kv_heads_ * 2), false);
     ends_ = std::move(ends);
     depths_ = std::move(depths);
-    places_ = std::move(places);
+    plies_ = std::move(starts);
+    codes_ = std::move(codes);
+}
+
+void KvLadder::shrink(uint8_t* slot, int before, int after) const {
+    const SlotMap from = map(before), to = map(after);
+    const auto move = [&](uint32_t begin, uint32_t end, int size) {
+        std::memmove(slot + end, slot + begin, static_cast<size_t>(size));
+    };
+    const int of_head = 4 * groups_;
+    for (int first = 0; first < units_; first += of_head) {
+        move(from.codes[first / 2], to.codes[first / 2], 2 * groups_ * kPageTokens);
+        for (int unit = first; unit < first + of_head; ++unit)
+            move(from.plies[unit], to.plies[unit], to.depths[unit] * kUnitPly);
+    }
 }
 
 void KvLadder::set_turn(int layer, int head, bool value, const float* mean, const float* scale,
@@ -94,7 +122,7 @@ Turn KvLadder::turn(int layer, int head, bool value) const {
 }
 
 uint64_t KvLadder::table_bytes() const {
-    return ends_.capacity() * 8 + depths_.capacity() + places_.capacity() * 4 +
+    return ends_.capacity() * 8 + depths_.capacity() + (plies_.capacity() + codes_.capacity()) * 4 +
            thresholds_.capacity() * 4 +
            (mean_.capacity() + scale_.capacity() + inverse_.capacity()) * 4 + order_.capacity() * 2;
 }

@@ -2,9 +2,10 @@
 // they are in a slot. docs/kv.md.
 //
 // A unit is the keys, or the values, of one layer, one KV head and 32 channels, of the 32 tokens of
-// a page. Two neighbours are a group, and share a scale for each token. In the slot of a page come
-// first the codes of the scales of all groups, then rung after rung, each from a multiple of 4096
-// on. So a page loses its last rung in place.
+// a page. Two neighbours are a group, and share a scale for each token. In the slot of a page lies
+// together what a head has: the codes of the scales of its keys and of its values, then unit after
+// unit, ply after ply. With fewer rungs everything moves together: a rung is given up by copying
+// what stays to its new place, which is never behind the old one.
 #pragma once
 
 #include <cstdint>
@@ -38,14 +39,14 @@ class KvLadder {
         return ((layer * kv_heads_ + head) * 2 + (value ? 1 : 0)) * groups_ * 2;
     }
     int rungs() const { return static_cast<int>(ends_.size()) - 1; }
-    // Where a slot of so many rungs ends; 0: its scale codes alone.
+    // Size of a slot of so many rungs; 0: its scale codes alone.
     uint64_t bytes(int rungs) const { return ends_[static_cast<size_t>(rungs)]; }
-    // Depth of each unit with so many rungs.
-    const uint8_t* depths(int rungs) const {
-        return depths_.data() + static_cast<size_t>(rungs) * static_cast<size_t>(units_);
+    SlotMap map(int rungs) const {
+        const size_t at = static_cast<size_t>(rungs) * static_cast<size_t>(units_);
+        return {depths_.data() + at, plies_.data() + at, codes_.data() + at / 2};
     }
-    // Offsets of the planes in a slot: [units][kMaxDepth].
-    const uint32_t* places() const { return places_.data(); }
+    // Takes the last rungs of a slot: from `before` to `after`. The end of the slot is free then.
+    void shrink(uint8_t* slot, int before, int after) const;
     const float* thresholds() const { return thresholds_.data(); }
     Turn turn(int layer, int head, bool value) const;
     uint64_t table_bytes() const;
@@ -58,7 +59,7 @@ class KvLadder {
     int layers_, kv_heads_, head_dim_, groups_, units_;
     std::vector<uint64_t> ends_;
     std::vector<uint8_t> depths_;
-    std::vector<uint32_t> places_;
+    std::vector<uint32_t> plies_, codes_;  // of each number of rungs, see SlotMap
     std::vector<float> thresholds_;  // [256]: as a heap, 1 its root
     std::vector<float> mean_, scale_, inverse_;
     std::vector<uint16_t> order_;

@@ -186,42 +186,41 @@ struct Scales {
 };
 
 // The product of a unit with vectors of int8, if it has any plies.
-bool multiply(const CodedAttention& a, const uint8_t* slot, const uint8_t* depths, int unit,
+bool multiply(const CodedAttention& a, const uint8_t* slot, const SlotMap& map, int unit,
               const int8_t* x, const int32_t* sum, int32_t* out) {
-    const int depth = depths[unit];
-    if (depth > 0)
-        page_product({slot, a.places + unit * kMaxDepth, depth, a.levels, a.queries, x, sum, out});
+    const int depth = map.depths[unit];
+    if (depth > 0) page_product({slot + map.plies[unit], depth, a.levels, a.queries, x, sum, out});
     return depth > 0;
 }
 
 // Adds the scores of one group of channels to p.
-void add_scores(const CodedAttention& a, const uint8_t* slot, const uint8_t* depths, int group,
+void add_scores(const CodedAttention& a, const uint8_t* slot, const SlotMap& map, int group,
                 float (*p)[kPageTokens]) {
     alignas(64) int32_t products[kMaxQueries * kPageTokens];
-    const Scales scales(slot + (a.keys + 2 * group) * 16);
+    const Scales scales(slot + map.codes[a.keys / 2 + group]);
     for (int half = 2 * group; half < 2 * group + 2; ++half) {
         const int8_t* x = a.q->x + half * kMaxQueries * kHalf;
         const int32_t* sum = a.q->sum + half * kMaxQueries;
-        if (!multiply(a, slot, depths, a.keys + half, x, sum, products)) continue;
-        const float level = a.levels->scale[depths[a.keys + half]];
+        if (!multiply(a, slot, map, a.keys + half, x, sum, products)) continue;
+        const float level = a.levels->scale[map.depths[a.keys + half]];
         for (int q = 0; q < a.queries; ++q) {
             const V factor = set1(a.q->scale[group * kMaxQueries + q] * level);
             const int32_t* product = products + q * kPageTokens;
             store(p[q], fma(mul(load_int(product), scales.first), factor, load(p[q])));
-            store(p[q] + kLanes,
-                  fma(mul(load_int(product + kLanes), scales.second), factor, load(p[q] + kLanes)));
+            store(p[q] + kLanes, fma(mul(load_int(product + kLanes), scales.second), factor,
+                                     load(p[q] + kLanes)));
         }
     }
 }
 
 // Adds the weighted values of one group of channels to what was drawn before, times alpha.
-void add_values(const CodedAttention& a, const uint8_t* slot, const uint8_t* depths, int group,
+void add_values(const CodedAttention& a, const uint8_t* slot, const SlotMap& map, int group,
                 const float (*p)[kPageTokens], const float* alpha) {
     alignas(64) int8_t x[kMaxQueries * kPageTokens];
     alignas(64) int32_t products[kMaxQueries * kHalf];
     int32_t sums[kMaxQueries];
     float factors[kMaxQueries];
-    const Scales scales(slot + (a.values + 2 * group) * 16);
+    const Scales scales(slot + map.codes[a.values / 2 + group]);
     for (int q = 0; q < a.queries; ++q) {
         const V w0 = mul(load(p[q]), scales.first), w1 = mul(load(p[q] + kLanes), scales.second);
         const float peak = largest(max(w0, w1));  // none is negative
@@ -243,8 +242,8 @@ void add_values(const CodedAttention& a, const uint8_t* slot, const uint8_t* dep
     }
     for (int half = 0; half < 2; ++half) {
         const int unit = a.values + 2 * group + half;
-        const bool some = multiply(a, slot, depths, unit, x, sums, products);
-        const float level = a.levels->scale[depths[unit]];
+        const bool some = multiply(a, slot, map, unit, x, sums, products);
+        const float level = a.levels->scale[map.depths[unit]];
         for (int q = 0; q < a.queries; ++q) {
             float* to = a.out[q].values + group * kGroup + half * kHalf;
             const V factor = set1(factors[q] * level), before = set1(alpha[q]);
@@ -257,6 +256,15 @@ void add_values(const CodedAttention& a, const uint8_t* slot, const uint8_t* dep
     }
 }
 
+// What a head has in a slot lies together, from the codes of its keys to the last ply of its values;
+// it is fetched a page ahead.
+void fetch(const CodedAttention& a, const uint8_t* slot, const SlotMap& map) {
+    const int last = a.values + 2 * a.groups - 1;
+    const uint8_t* end = slot + map.plies[last] + map.depths[last] * kUnitPly;
+    for (const uint8_t* line = slot + map.codes[a.keys / 2]; line < end; line += 64)
+        __builtin_prefetch(line);
+}
+
 void attend_coded(const CodedAttention& a) {
     Softmax softmax[kMaxQueries];
     float alpha[kMaxQueries];
@@ -266,13 +274,17 @@ void attend_coded(const CodedAttention& a) {
     const Seen seen(a);
     for (int page = seen.begin; page < seen.end; ++page) {
         const uint8_t* slot = a.slot[page - a.first_page];
-        const uint8_t* depths = a.depths[page - a.first_page];
+        const SlotMap& map = a.map[page - a.first_page];
+        if (page + 1 < seen.end) {
+            const int next = page + 1 - a.first_page;
+            fetch(a, a.slot[next], a.map[next]);
+        }
         for (int q = 0; q < a.queries; ++q) std::fill(p[q], p[q] + kPageTokens, a.q->mean[q]);
-        for (int g = 0; g < a.groups; ++g) add_scores(a, slot, depths, g, p);
+        for (int g = 0; g < a.groups; ++g) add_scores(a, slot, map, g, p);
         for (int q = 0; q < a.queries; ++q)
             alpha[q] =
                 softmax[q].take(p[q], page * kPageTokens, a.position[q], a.window, a.softcap);
-        for (int g = 0; g < a.groups; ++g) add_values(a, slot, depths, g, p, alpha);
+        for (int g = 0; g < a.groups; ++g) add_values(a, slot, map, g, p, alpha);
     }
     for (int q = 0; q < a.queries; ++q) {
         *a.out[q].best = softmax[q].best;

@@ -187,7 +187,7 @@ void run_tokens(const CodedProduct& p, const Run& run, int s, int8_t* wh, int8_t
 template <int N>
 void page_depth(const PlyProduct& p) {
     const uint8_t* planes[N];
-    for (int i = 0; i < N; ++i) planes[i] = p.slot + p.places[i];
+    for (int i = 0; i < N; ++i) planes[i] = p.plies + i * kUnitPly;
     for (int first = 0; first < kHalf; first += 8) {
         __m256i sums[kMaxQueries], lower[8], upper[8];
         for (int v = 0; v < p.vectors; ++v) sums[v] = _mm256_setzero_si256();

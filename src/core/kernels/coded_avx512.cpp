@@ -204,7 +204,7 @@ template <int N, int Q>
 void page_vectors(const PlyProduct& p) {
     const Table<N> table(p.levels->hi[N], 0x80);
     const uint8_t* planes[N];
-    for (int i = 0; i < N; ++i) planes[i] = p.slot + p.places[i];
+    for (int i = 0; i < N; ++i) planes[i] = p.plies + i * kUnitPly;
     for (int tile = 0; tile < 2; ++tile) {
         PageSums<Q> sums;
         sums.start(p.sum);

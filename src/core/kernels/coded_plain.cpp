@@ -82,7 +82,7 @@ void coded_product(const CodedProduct& p) {
 
 void page_product(const PlyProduct& p) {
     const uint8_t* planes[kMaxDepth] = {};
-    for (int i = 0; i < p.depth; ++i) planes[i] = p.slot + p.places[i];
+    for (int i = 0; i < p.depth; ++i) planes[i] = p.plies + i * kUnitPly;
     for (int r = 0; r < kHalf; ++r) {
         int32_t level[kHalf];
         // The two vectors of a unit lie as the two halves of 16 rows of weights.

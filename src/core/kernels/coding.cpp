@@ -56,15 +56,15 @@ void quantise(float (*x)[kGroup], int halves, const float* thresholds, const uin
 // Writes the plies of one vector, 16 rows × 32 columns, in the order of docs/format.md, section 4.
 // at(row, column): an index into the tree.
 template <typename At>
-void write_plies(int depth, uint8_t* slot, const uint32_t* places, size_t vector, At&& at) {
+void write_plies(int depth, uint8_t* plies, int vector, At&& at) {
     for (int r = 0; r < 16; ++r)
         for (int k = 0; k < 4; ++k) {
             uint64_t eight = 0;  // columns k, k + 4, …
             for (int j = 0; j < 8; ++j) eight |= static_cast<uint64_t>(at(r, 4 * j + k)) << (8 * j);
-            const size_t byte = vector * 64 + static_cast<size_t>(r * 4 + k);
-            for (int ply = 0; ply < depth; ++ply) {
+            uint8_t* to = plies + vector * 64 + r * 4 + k;
+            for (int ply = 0; ply < depth; ++ply, to += kUnitPly) {
                 const uint64_t bits = eight >> (depth - 1 - ply) & 0x0101010101010101u;
-                slot[places[ply] + byte] = static_cast<uint8_t>(bits * 0x0102040810204080u >> 56);
+                *to = static_cast<uint8_t>(bits * 0x0102040810204080u >> 56);
             }
         }
 }
@@ -85,15 +85,15 @@ void code_group(const PageCoding& p, const Turn& turn, int group, int unit, bool
             store(x[t] + i, mul(sub(load_half(halves + i), load(mean + i)), load(scale + i)));
     }
     uint8_t leaf[kPageTokens][kGroup];
-    quantise(x, count > kHalf ? 2 : 1, p.thresholds, p.depths + unit, leaf, p.slot + unit * 16);
+    quantise(x, count > kHalf ? 2 : 1, p.thresholds, p.map.depths + unit, leaf,
+             p.slot + p.map.codes[unit / 2]);
     for (int half = 0; half < 2; ++half)
         for (int vector = 0; vector < 2; ++vector) {
             const auto at = [&](int r, int c) {
                 const int row = 16 * vector + r;
                 return values ? leaf[c][half * kHalf + row] : leaf[row][half * kHalf + c];
             };
-            write_plies(p.depths[unit + half], p.slot, p.places + (unit + half) * kMaxDepth,
-                        static_cast<size_t>(vector), at);
+            write_plies(p.map.depths[unit + half], p.slot + p.map.plies[unit + half], vector, at);
         }
 }
 

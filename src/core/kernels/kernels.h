@@ -60,15 +60,15 @@ struct Attention {
     const struct Attended* out;  // [queries]
 };
 
-constexpr int kHalf = kGroup / 2;  // channels of a unit of the KV cache
+constexpr int kHalf = kGroup / 2;                     // channels of a unit of the KV cache
+constexpr int kUnitPly = kHalf * kPageTokens / 8;     // bytes of one ply of a unit
 
 // A unit of a page: keys (rows are the tokens, columns 32 channels) or values (rows are 32
 // channels, columns the tokens), in plies of 128 bytes: two vectors of 16 rows × 32 columns.
 // out[v][r] = Σ_c level[r][c] · x[v][c], in whole numbers.
 struct PlyProduct {
-    const uint8_t* slot;  // planes are at slot + places[ply]
-    const uint32_t* places;
-    int depth;  // 1 to kMaxDepth; levels have 8 bits at any depth
+    const uint8_t* plies;  // one after the other, kUnitPly bytes each
+    int depth;             // 1 to kMaxDepth; levels have 8 bits at any depth
     const LevelTables* levels;
     int vectors;         // at most kMaxQueries
     const int8_t* x;     // [vectors][32]
@@ -92,16 +92,23 @@ struct CodedQueries {
     float* mean;   // [kMaxQueries]: the score of the mean
 };
 
+// Where the parts of a slot are that has so many rungs: depth and first ply of each unit, and the
+// scale codes of each group (two units), a byte for each token.
+struct SlotMap {
+    const uint8_t* depths;  // [units]
+    const uint32_t* plies;  // [units]
+    const uint32_t* codes;  // [units / 2]
+};
+
 // Codes one full page of one layer and KV head.
 struct PageCoding {
     int head_dim, groups;
     const uint16_t *k, *v;  // as in Attention
     Turn key, value;
     const float* thresholds;  // [256]: the tree as a heap, 1 its root
-    uint8_t* slot;            // as in CodedAttention
-    const uint8_t* depths;
-    const uint32_t* places;
-    int keys, values;
+    uint8_t* slot;
+    SlotMap map;
+    int keys, values;  // the first units
 };
 
 // As Attention, over full pages in plies (docs/kv.md). What is drawn is in the turned space of the
@@ -112,10 +119,9 @@ struct CodedAttention {
     const int* position;  // as there
     int window;
     int first_page, pages;
-    const uint8_t* const* slot;    // [pages]
-    const uint8_t* const* depths;  // [pages] -> depth of each unit of the cache
-    const uint32_t* places;        // of the planes in a slot: [units][kMaxDepth]
-    int keys, values;              // the first units; scale codes of a group at slot + 16 · unit
+    const uint8_t* const* slot;  // [pages]
+    const SlotMap* map;          // [pages]
+    int keys, values;            // the first units
     const LevelTables* levels;
     float softcap;
     const struct Attended* out;  // [queries]

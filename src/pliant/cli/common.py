@@ -42,6 +42,13 @@ def memory_option(text: str) -> int | str:
     return text if text == "auto" else size_option(text)
 
 
+def _kv_bits(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+
+
 def natural(text: str) -> int:
     """The type of options that are whole numbers above 0."""
     try:
@@ -56,7 +63,7 @@ def natural(text: str) -> int:
 def add_limits(
     parser: argparse.ArgumentParser, *, sessions: bool = False, auto: bool = False
 ) -> None:
-    """--memory, --weights, --context, --min-bits, --max-kl; with `auto` also --keep-free."""
+    """--memory, --weights, --context, --kv-bits and more; with `auto` also --keep-free."""
     group = parser.add_argument_group("limits")
     text = "most bytes of the whole process, everything included"
     if auto:
@@ -95,6 +102,19 @@ def add_limits(
             default=1,
             help="conversations of that length held at once (default: 1)",
         )
+    group.add_argument(
+        "--kv-bits",
+        metavar="BITS",
+        type=_kv_bits,
+        help="most bits of a value in the KV cache; auto: as many as serve best as the budget "
+        "moves (default: 16, exact)",
+    )
+    group.add_argument(
+        "--kv-floor",
+        metavar="BITS",
+        type=float,
+        help="with --kv-bits auto: never fewer",
+    )
     group.add_argument(
         "--min-bits",
         metavar="BITS",
@@ -149,7 +169,7 @@ def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `pliant.load` that these options stand for."""
     names = (
         *("memory", "keep_free", "weights", "context", "sessions", "min_bits", "max_kl"),
-        *("threads", "isa"),
+        *("kv_bits", "kv_floor", "threads", "isa"),
     )
     return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 

@@ -65,6 +65,14 @@ def add_parser(commands: Any) -> None:
         help="tokens that are read together, from nothing (default: 512)",
     )
     parser.add_argument(
+        "--kv",
+        metavar="BITS",
+        type=float,
+        nargs="+",
+        help="measure instead what a KV cache of at most so many bits a value costs, against an "
+        "exact one, at the first of --weights (default: all rungs)",
+    )
+    parser.add_argument(
         "--plot", metavar="FILE.png", type=Path, help="draw KL over size (needs pliant[plot])"
     )
     add_json_option(parser)
@@ -88,6 +96,8 @@ def run(options: argparse.Namespace) -> int:
         key: value for key, value in load_options(options).items() if key in ("threads", "isa")
     }
     text = _read(options.text)
+    if options.kv is not None:
+        return _run_kv(options, text, limits)
     # The sizes are planned before torch comes in and grows the process.
     with load(options.pack, **limits) as model, progress_bar(quiet=options.json) as bar:
         sizes = _sizes(model, options.memory, options.weights)
@@ -114,6 +124,83 @@ def run(options: argparse.Namespace) -> int:
         if options.plot is not None:
             say(f"wrote {options.plot}")
     return 0
+
+
+def _run_kv(options: argparse.Namespace, text: str, limits: dict[str, Any]) -> int:
+    from pliant.cli.progress import progress_bar
+    from pliant.engine.kv_quality import kv_quality
+    from pliant.engine.loading import load
+
+    if options.source is not None or options.memory or len(options.weights) > 1:
+        raise UsageError("--kv goes with one --weights, and without --memory and --source")
+    weights = options.weights[0] if options.weights else None
+    with load(options.pack, weights=weights, **limits) as model:
+        windows = _windows(model, text, options.tokens, options.window)
+        depth = model.depth
+    with progress_bar(quiet=options.json) as bar:
+        found = kv_quality(
+            options.pack,
+            windows,
+            options.kv,
+            weights=weights,
+            progress=lambda done: bar("measuring", done),
+            **limits,
+        )
+    answer = {
+        "pack": options.pack,
+        "text": str(options.text),
+        "tokens": sum(map(len, windows)),
+        "window": options.window,
+        "weights": depth.weights,
+        "bits_per_weight": depth.bits_per_weight,
+        "kv": found,
+    }
+    if options.plot is not None:
+        _plot_kv(answer, options.plot)
+    if options.json:
+        print_json(answer)
+        return 0
+    rows = [
+        [
+            f"{one['bits']:.2f}",
+            str(one["bytes_per_token"]),
+            _number(one["expected_kl"], ".3g"),
+            _number(one["all_coded"]["kl"], ".3g"),
+            _number(one["as_run"]["kl"], ".3g"),
+            _number(one["as_run"]["top1"], ".1%"),
+            " ".join(_number(kl, ".2g") for kl in one["as_run"]["by_position"]),
+        ]
+        for one in found
+    ]
+    print(
+        f"{answer['tokens']} tokens of {answer['text']} in windows of {answer['window']}, "
+        f"weights {format_mb(depth.weights)}\nreference: the same weights, KV in 16 bits\n"
+    )
+    head = ("KV bits", "B/token", "expected", "all coded", "as run", "top-1", "by quarter")
+    print(table(head, rows))
+    return 0
+
+
+def _plot_kv(answer: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    bits = [one["bits"] for one in answer["kv"]]
+    for way, label in (("all_coded", "every token coded"), ("as_run", "newest page exact")):
+        axes.plot(bits, [one[way]["kl"] for one in answer["kv"]], "o-", label=label)
+    axes.plot(bits, [one["expected_kl"] for one in answer["kv"]], "x--", color="#999999",
+              label="expected")  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per value of keys and values, scales included")
+    axes.set_ylabel("mean KL divergence to exact KV, nats")
+    axes.set_title(f"{Path(answer['pack']).name} on {Path(answer['text']).name}")
+    axes.grid(which="both", alpha=0.25)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be written: {error}") from error
 
 
 def _read(path: Path) -> str:

@@ -14,6 +14,7 @@ from pliant.cli.common import (
     print_json,
     table,
 )
+from pliant.errors import UsageError
 from pliant.sizes import MIB, format_mb, format_size
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ def run(options: argparse.Namespace) -> int:
 
     given = load_options(options)
     threads = default_threads(given.pop("threads", None))
-    parts = open_parts(options.pack, threads=threads, isa=given.pop("isa"))
-    wish = Wish(**given)
+    kv_bits = given.pop("kv_bits", 16)
+    if "kv_floor" in given and kv_bits != "auto":
+        raise UsageError("--kv-floor belongs to --kv-bits auto")
+    parts = open_parts(options.pack, threads=threads, isa=given.pop("isa"), coded_kv=kv_bits != 16)
+    wish = Wish(**given, kv_bits=None if kv_bits in ("auto", 16) else kv_bits)
     bandwidth = _core.read_bandwidth(64, threads, 3)
     least = smallest(parts.sizes, parts.fixed, wish)
     answer: dict[str, Any] = {
@@ -98,13 +102,17 @@ def _sizes(parts: Parts, wish: Wish, least: Plan) -> list[int]:
 
 
 def _entry(parts: Parts, plan: Plan, wish: Wish, bandwidth: float) -> dict[str, Any]:
-    from pliant.memory.plan import floor_rungs, tokens_per_second
+    from pliant.memory.plan import floor_rungs, kv_levels, tokens_per_second
 
     sizes = parts.sizes
     # The largest context at this size: the weights as shallow as the floor of quality allows.
     rungs = plan.rungs if wish.weights is not None else floor_rungs(sizes, wish)
     room = (plan.memory or plan.total) - sum(b for _, b in plan.fixed) - sizes.arena[rungs]
-    pages = max(room, 0) // (sizes.kv_page_bytes * plan.sessions)
+    level = kv_levels(sizes, wish)[0]
+    if level:
+        room -= sizes.kv_chunk * sizes.kv_page_bytes
+        room -= sizes.tail(level) * sizes.page_bytes(level) * plan.sessions
+    pages = max(room, 0) // (sizes.page_bytes(level) * plan.sessions)
     base = sum(array_bytes for name, array_bytes in plan.fixed if name == "base")
     return {
         "memory": plan.memory or plan.total,
@@ -114,6 +122,7 @@ def _entry(parts: Parts, plan: Plan, wish: Wish, bandwidth: float) -> dict[str, 
         "weights": plan.weights,
         "bits_per_weight": plan.bits_per_weight,
         "expected_kl": plan.expected_kl,
+        "kv_bits": plan.kv_bits,
         "tokens_per_second": tokens_per_second(
             plan.weights if plan.bits_per_weight is not None else base, bandwidth
         ),
@@ -160,7 +169,8 @@ def _show_one(answer: dict[str, Any]) -> None:
     rows.append(["sum", format_size(entry["total"])])
     print(table(("part", "bytes"), rows, left=1))
     print(f"\n{table(HEAD, [_cells(entry)])}")
-    print(f"\n{_rungs(answer, entry['rungs'])}; smallest possible: {_mib(answer['smallest'])}")
+    kv = "" if entry["kv_bits"] == 16 else f"KV in {entry['kv_bits']:.2f} bits; "
+    print(f"\n{_rungs(answer, entry['rungs'])}; {kv}smallest possible: {_mib(answer['smallest'])}")
 
 
 def _rungs(answer: dict[str, Any], used: int | None = None) -> str:

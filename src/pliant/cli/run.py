@@ -230,8 +230,9 @@ def summary(result: GenerationResult) -> str:
     if result.bits_per_weight_lowest != result.bits_per_weight:
         low = quality_text(result.bits_per_weight_lowest, result.expected_kl_highest)
         moved = f" (at worst {low})"
+    kv = f"; KV {result.kv_bits_lowest:.2f} bits" if result.kv_bits_lowest < 16 else ""
     resident = format_size(measure().now)
-    return f"[{count} tokens{rate}{why}; {quality}{moved}; {resident}]"
+    return f"[{count} tokens{rate}{why}; {quality}{moved}{kv}; {resident}]"
 
 
 def _warn(model: Model) -> None:

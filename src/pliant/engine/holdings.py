@@ -9,13 +9,14 @@ from dataclasses import replace
 
 from pliant.engine.build import RungFiles
 from pliant.engine.cache import Cache, Keep
+from pliant.engine.kinds import Depth
 from pliant.engine.seam import Executor
 from pliant.engine.turns import Turns
 from pliant.engine.weights import Weights
 from pliant.errors import BudgetError, EngineError
 from pliant.memory.budget import system_limit
 from pliant.memory.ledger import Ledger
-from pliant.memory.plan import PackSizes, Plan, Wish, make_plan, smallest
+from pliant.memory.plan import MOST_KL, PackSizes, Plan, Wish, make_plan, smallest
 
 __all__ = ["Change", "Fixed", "Holdings"]
 
@@ -123,6 +124,7 @@ class Holdings:
         self._turns = turns
         self._moved = moved
         self._settled = (self.plan, wish)
+        self._depth = self.weights.depth, 0, self.weights.depth  # what `depth` was made of last
         executor.reserve_kv(sizes.pages(sizes.context) * wish.sessions)
         if self.plan.kv_level:
             executor.set_kv_level(self.plan.kv_level)
@@ -139,6 +141,20 @@ class Holdings:
         """End a growth in progress, close files, delete what is parked; no step may come after."""
         self.weights.close()
         self.cache.close_all()
+
+    @property
+    def depth(self) -> Depth:
+        """What steps use now, of weights and KV."""
+        weights, level = self.weights.depth, self.cache.level
+        if not level:
+            return weights
+        if self._depth[0] is not weights or self._depth[1] != level:
+            kl = weights.expected_kl
+            if kl is not None:
+                kl = min(kl + self._sizes.kv_divergence(level), MOST_KL)
+            both = replace(weights, expected_kl=kl, kv_bits=self._sizes.kv_bits(level))
+            self._depth = weights, level, both
+        return self._depth[2]
 
     def limits(self, memory: int | None, weights: int | None) -> Wish:
         """The wish with other limits."""

@@ -13,24 +13,27 @@ class Depth:
     """How much of the model steps use: rungs, bytes of plies and scales, and what that means.
 
     `bits_per_weight` is None for a model without coded matrices, `expected_kl` (nats) also if the
-    pack has no measurements.
+    pack has no measurements. `kv_bits` is of values in full pages of the KV cache, scales included;
+    16 is exact, and what fewer cost is in `expected_kl`.
     """
 
     rungs: int
     weights: int
     bits_per_weight: float | None
     expected_kl: float | None
+    kv_bits: float = 16.0
 
 
 class DepthTrack:
     """The depths that the steps of one answer were made with."""
 
-    __slots__ = ("_bits", "_first", "_kl", "_lowest", "_steps")
+    __slots__ = ("_bits", "_first", "_kl", "_kv_lowest", "_lowest", "_steps")
 
     def __init__(self) -> None:
         self._steps = 0
         self._first: Depth | None = None
         self._lowest: Depth | None = None
+        self._kv_lowest = 16.0
         # Sums of differences to the first step: means are exact where nothing changed.
         self._bits = self._kl = 0.0
 
@@ -43,8 +46,9 @@ class DepthTrack:
         self._kl += (depth.expected_kl or 0.0) - (self._first.expected_kl or 0.0)
         if depth.weights < self._lowest.weights:
             self._lowest = depth
+        self._kv_lowest = min(self._kv_lowest, depth.kv_bits)
 
-    def values(self) -> dict[str, float | None]:
+    def values(self) -> dict[str, Any]:
         """The quality fields of a result."""
         first, low = self._first, self._lowest
         bits = first.bits_per_weight if first else None
@@ -54,6 +58,7 @@ class DepthTrack:
             "bits_per_weight_lowest": low.bits_per_weight if low else None,
             "expected_kl": kl if kl is None else kl + self._kl / self._steps,
             "expected_kl_highest": low.expected_kl if low else None,
+            "kv_bits_lowest": self._kv_lowest,
         }
 
 
@@ -64,7 +69,8 @@ class GenerationResult:
     `finish_reason`: `eos` (the model ended it), `stop` (a stop text came), `length` (max_tokens),
     `context` (no room for more), `cancelled`, or None while it goes on. `bits_per_weight` and
     `expected_kl` are means over the steps; `..._lowest` and `..._highest` are those of the
-    shallowest step, and differ from the mean if the budget moved meanwhile. Times are in seconds.
+    shallowest step, and differ from the mean if the budget moved meanwhile; `kv_bits_lowest` are
+    the fewest bits that full pages of the KV cache had in a step. Times are in seconds.
     """
 
     text: str
@@ -77,6 +83,7 @@ class GenerationResult:
     bits_per_weight_lowest: float | None
     expected_kl: float | None
     expected_kl_highest: float | None
+    kv_bits_lowest: float
     prefill_seconds: float
     decode_seconds: float
     decode_steps: int
@@ -125,6 +132,7 @@ class Report:
     weights: int
     bits_per_weight: float | None
     expected_kl: float | None
+    kv_bits: float
     context: int
     sessions: int
     in_flight: int

@@ -318,7 +318,7 @@ class Model:
     def depth(self) -> Depth:
         """What steps use now."""
         self._check_open()
-        return self._holdings.weights.depth
+        return self._holdings.depth
 
     @property
     def plan(self) -> Plan:
@@ -508,7 +508,7 @@ class Model:
         self._lost, self._loss = 0, 0.0
         cache.stepped(sequences, counts)
         self._line.progress += 1
-        return rows, self._holdings.weights.depth
+        return rows, self._holdings.depth
 
     # --- inside
 

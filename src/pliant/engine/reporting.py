@@ -20,7 +20,7 @@ __all__ = ["make_report"]
 
 def make_report(pack: Pack, executor: Executor, holdings: Holdings) -> Report:
     """What the process holds, and with what quality it answers; called with the turn taken."""
-    depth, cache, ledger = holdings.weights.depth, holdings.cache, holdings.ledger
+    depth, cache, ledger = holdings.depth, holdings.cache, holdings.ledger
     parked, parked_bytes = cache.parked
     now = measure()
     return Report(
@@ -37,6 +37,7 @@ def make_report(pack: Pack, executor: Executor, holdings: Holdings) -> Report:
         weights=depth.weights,
         bits_per_weight=depth.bits_per_weight,
         expected_kl=depth.expected_kl,
+        kv_bits=depth.kv_bits,
         context=cache.context,
         sessions=holdings.plan.sessions,
         in_flight=cache.in_flight,

@@ -19,6 +19,7 @@ from pliant.sizes import MIB, format_mb, format_size
 __all__ = [
     "KV_SHARE",
     "LEAST_CONTEXT",
+    "MOST_KL",
     "PackSizes",
     "Plan",
     "Wish",

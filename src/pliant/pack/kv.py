@@ -176,7 +176,7 @@ def _ladder(costs: F64) -> tuple[NDArray[np.uint32], list[int], list[float]]:
     there = np.flatnonzero(costs > 0)
     if not len(there):
         there = np.arange(len(costs))
-    first = np.tile(there, LEAST)
+    first = np.repeat(there, LEAST)
     gains = costs[there, None] * ladders.benefits()[None, LEAST:]
     rest = there[ladders.greedy_order(gains, np.full(gains.shape, _PLY)).astype(np.int64)]
     # A rung is a multiple of 4096 bytes: so many plies.
@@ -186,6 +186,8 @@ def _ladder(costs: F64) -> tuple[NDArray[np.uint32], list[int], list[float]]:
     while sum(rungs) < len(first) + len(rest):
         rungs.append(min(step, len(first) + len(rest) - sum(rungs)))
     ladder = np.concatenate([first, rest]).astype(np.uint32)
+    # Inside a rung the order is free: what a head reads together lies together.
+    ladder = np.concatenate([np.sort(part) for part in np.split(ladder, np.cumsum(rungs)[:-1])])
     table = np.array([distortion(depth) for depth in range(MAX_DEPTH + 1)])
     quality = []
     for end in np.cumsum(rungs).tolist():

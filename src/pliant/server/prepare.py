@@ -263,6 +263,7 @@ def quality(answers: Sequence[Answer]) -> dict[str, Any]:
         "bits_per_weight_lowest": min(known("bits_per_weight_lowest"), default=None),
         "expected_kl": mean("expected_kl"),
         "expected_kl_highest": max(known("expected_kl_highest"), default=None),
+        "kv_bits_lowest": min(known("kv_bits_lowest"), default=None),
         "seed": answers[0].request.sampling.seed if answers else None,
     }
 
