@@ -286,7 +286,7 @@ def kv_levels(sizes: PackSizes, wish: Wish) -> list[int]:
     if not within:
         least, top = sizes.kv_bits(1), sizes.kv_bits(len(sizes.kv_rungs) - 1)
         raise UsageError(
-            f"{most:g} bits of KV with a floor of {floor:g} cannot be had: this pack has "
+            f"at most {most:g} and at least {floor:g} bits of KV cannot be had: this pack has "
             f"{least:.2f} to {top:.2f}"
         )
     return within
