@@ -352,7 +352,7 @@ def test_what_was_parked_and_cannot_be_read_is_computed_again(
     with model._turns:
         cache_of(model)._park(one.sequence)
 
-    def broken(self: Parked, page: int, into: Any) -> None:
+    def broken(self: Parked, page: int) -> Any:
         raise ChecksumError("not as it was written")
 
     monkeypatch.setattr(Parked, "read", broken)

@@ -514,7 +514,7 @@ def test_a_budget_that_is_too_small_shows_the_sum(pack: Path) -> None:
     [
         {"threads": 0},
         {"isa": "mmx"},
-        {"kv_bits": 8},
+        {"kv_bits": 17},
         {"chunk": 0},
         {"memory": "x"},
         {"sessions": 0},
