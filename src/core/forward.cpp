@@ -467,12 +467,12 @@ void Forward::attend_part(Worker& w, int l, int kv_head, int sequence, int part,
 void Forward::code_page(int l, int kv_head, const FullPage& full) {
     const KvLadder& ladder = e_.kv.ladder;
     const int page = at(e_.kv.pages(full.sequence), full.page);
-    kernels_.code_page(
-        {m_.head_dim, ladder.groups(), e_.kv.keys(full.sequence, full.page, l, kv_head),
-         e_.kv.values(full.sequence, full.page, l, kv_head), ladder.turn(l, kv_head, false),
-         ladder.turn(l, kv_head, true), ladder.thresholds(), e_.kv.slot(page),
-         ladder.map(e_.kv.rungs(page)), ladder.unit(l, kv_head, false),
-         ladder.unit(l, kv_head, true)});
+    kernels_.code_page({m_.head_dim, ladder.groups(),
+                        e_.kv.keys(full.sequence, full.page, l, kv_head),
+                        e_.kv.values(full.sequence, full.page, l, kv_head),
+                        ladder.turn(l, kv_head, false), ladder.turn(l, kv_head, true),
+                        ladder.thresholds(), e_.kv.slot(page), ladder.map(e_.kv.rungs(page)),
+                        ladder.unit(l, kv_head, false), ladder.unit(l, kv_head, true)});
 }
 
 // The output of all heads of the only token: [heads · head_dim].

@@ -60,7 +60,7 @@ class KvLadder {
     std::vector<uint64_t> ends_;
     std::vector<uint8_t> depths_;
     std::vector<uint32_t> plies_, codes_;  // of each number of rungs, see SlotMap
-    std::vector<float> thresholds_;  // [256]: as a heap, 1 its root
+    std::vector<float> thresholds_;        // [256]: as a heap, 1 its root
     std::vector<float> mean_, scale_, inverse_;
     std::vector<uint16_t> order_;
     std::vector<bool> turned_;

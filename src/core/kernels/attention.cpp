@@ -207,8 +207,8 @@ void add_scores(const CodedAttention& a, const uint8_t* slot, const SlotMap& map
             const V factor = set1(a.q->scale[group * kMaxQueries + q] * level);
             const int32_t* product = products + q * kPageTokens;
             store(p[q], fma(mul(load_int(product), scales.first), factor, load(p[q])));
-            store(p[q] + kLanes, fma(mul(load_int(product + kLanes), scales.second), factor,
-                                     load(p[q] + kLanes)));
+            store(p[q] + kLanes,
+                  fma(mul(load_int(product + kLanes), scales.second), factor, load(p[q] + kLanes)));
         }
     }
 }
@@ -256,8 +256,8 @@ void add_values(const CodedAttention& a, const uint8_t* slot, const SlotMap& map
     }
 }
 
-// What a head has in a slot lies together, from the codes of its keys to the last ply of its values;
-// it is fetched a page ahead.
+// What a head has in a slot lies together, from the codes of its keys to the last ply of its
+// values; it is fetched a page ahead.
 void fetch(const CodedAttention& a, const uint8_t* slot, const SlotMap& map) {
     const int last = a.values + 2 * a.groups - 1;
     const uint8_t* end = slot + map.plies[last] + map.depths[last] * kUnitPly;

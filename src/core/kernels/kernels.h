@@ -60,8 +60,8 @@ struct Attention {
     const struct Attended* out;  // [queries]
 };
 
-constexpr int kHalf = kGroup / 2;                     // channels of a unit of the KV cache
-constexpr int kUnitPly = kHalf * kPageTokens / 8;     // bytes of one ply of a unit
+constexpr int kHalf = kGroup / 2;                  // channels of a unit of the KV cache
+constexpr int kUnitPly = kHalf * kPageTokens / 8;  // bytes of one ply of a unit
 
 // A unit of a page: keys (rows are the tokens, columns 32 channels) or values (rows are 32
 // channels, columns the tokens), in plies of 128 bytes: two vectors of 16 rows × 32 columns.

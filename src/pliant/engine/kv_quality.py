@@ -1,5 +1,7 @@
-"""How far answers with a coded KV cache are from those with an exact one: the same weights and text,
-and the mean KL divergence between both."""
+"""How far answers with a coded KV cache are from those with an exact one.
+
+The same weights, the same text, and the mean KL divergence between both.
+"""
 
 from __future__ import annotations
 
