@@ -129,11 +129,11 @@ def test_a_failure_after_an_overtaken_growth_leaves_the_last_state_that_held() -
 def test_a_signal_in_the_middle_leaves_the_old_state() -> None:
     model = fake_model(memory=FIXED + 40_000)
     executor, before = executor_of(model), model.plan
-    executor.read_seconds = 0.05
+    executor.read_seconds = 60  # nothing but the signal ends it
 
     def interrupt() -> None:
-        wait_for(lambda: executor.read > before.rungs)
-        signal.raise_signal(signal.SIGINT)
+        wait_for(executor._reading.locked)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
@@ -252,7 +252,7 @@ def test_a_signal_while_it_waits_in_a_hurry_leaves_nobody_in_one() -> None:
 
     def interrupt() -> None:
         wait_for(lambda: hurries == [True])
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     holder = threading.Thread(target=hold)
     holder.start()
