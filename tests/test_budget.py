@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,15 @@ def test_a_failure_after_an_overtaken_growth_leaves_the_last_state_that_held() -
     assert model.ledger.total == model.budget == FIXED + 40_000
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts, also where this runs in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_in_the_middle_leaves_the_old_state() -> None:
     model = fake_model(memory=FIXED + 40_000)
     executor, before = executor_of(model), model.plan
@@ -242,6 +251,7 @@ def test_turns_go_to_those_ahead_first_and_in_their_order() -> None:
         assert hurries == [True, True, False]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_while_it_waits_in_a_hurry_leaves_nobody_in_one() -> None:
     hurries: list[bool] = []
     turns, leave = Turns(hurries.append), threading.Event()

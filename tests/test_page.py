@@ -80,6 +80,7 @@ def test_a_chat_on_the_page(page: Any, server: Server) -> None:
     assert page.locator(".message").count() == 0
 
 
+@pytest.mark.own_process
 def test_the_budget_is_moved_by_hand_by_keys_and_by_text(page: Any, server: Server) -> None:
     model = server.model
     least, most = model.least_plan().total, model.plan_for().total

@@ -123,8 +123,8 @@ class Answer:
     """Prompt and answer; 4 bytes each, because many may wait."""
     fed: int = 0
     """How many of `ids` are in the cache."""
-    depth: int = -1
-    """Rungs with which all of that was computed; -1 once it was several."""
+    state: int = -1
+    """`Depth.state` in which all of that was computed; -1 once it was several."""
     keys: list[bytes] = field(default_factory=list)
     """Digests of the whole pages of `ids`, as far as they were needed."""
     shared: int = 0

@@ -152,7 +152,8 @@ class Holdings:
             kl = weights.expected_kl
             if kl is not None:
                 kl = min(kl + self._sizes.kv_divergence(level), MOST_KL)
-            both = replace(weights, expected_kl=kl, kv_bits=self._sizes.kv_bits(level))
+            bits = self._sizes.kv_bits(level)
+            both = replace(weights, expected_kl=kl, kv_bits=bits, kv_level=level)
             self._depth = weights, level, both
         return self._depth[2]
 
@@ -181,7 +182,7 @@ class Holdings:
             check()
             plan = self._best(wish)
             grows = plan.rungs > self.weights.depth.rungs
-            if plan.rungs != self.weights.depth.rungs:
+            if (plan.rungs, plan.kv_level) != (self.weights.depth.rungs, self.cache.level):
                 self.cache.forget()  # pages of another depth are never used again
             # What was there before must leave room for what comes; both limits hold meanwhile.
             self.cache.limit(self._meanwhile(plan) if grows else plan)

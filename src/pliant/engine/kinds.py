@@ -13,8 +13,9 @@ class Depth:
     """How much of the model steps use: rungs, bytes of plies and scales, and what that means.
 
     `bits_per_weight` is None for a model without coded matrices, `expected_kl` (nats) also if the
-    pack has no measurements. `kv_bits` is of values in full pages of the KV cache, scales included;
-    16 is exact, and what fewer cost is in `expected_kl`.
+    pack has no measurements. `kv_level` are the rungs of coded KV pages, 0 if they are exact, and
+    `kv_bits` the bits of a value in them, scales included; what fewer than 16 cost is in
+    `expected_kl`.
     """
 
     rungs: int
@@ -22,6 +23,12 @@ class Depth:
     bits_per_weight: float | None
     expected_kl: float | None
     kv_bits: float = 16.0
+    kv_level: int = 0
+
+    @property
+    def state(self) -> int:
+        """A number for the rungs of weights and KV: what is made at one is the same every time."""
+        return self.rungs << 16 | self.kv_level
 
 
 class DepthTrack:

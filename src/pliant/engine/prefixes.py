@@ -21,7 +21,7 @@ def page_keys(
 ) -> list[bytes]:
     """The digest of each whole page of `ids` (int32), over the depth and all tokens to its end.
 
-    `depth`: rungs with which the pages are computed; pages of another depth are other pages.
+    `depth`: the state (`Depth.state`) in which the pages are computed; those of another are others.
     `known`: digests of the first pages, which are not computed again. 128 bits of BLAKE2b: nobody
     can make two beginnings that are mistaken for one another.
     """

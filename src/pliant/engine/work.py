@@ -123,9 +123,9 @@ class Work:
 
         Who waits in a thread of its own, for a session, goes first.
         """
-        rungs = self._model.depth.rungs
+        state = self._model.depth.state
         while len(self.waiting) and not len(self._model._line):
-            answer = self.waiting.next(lambda one: self._ready(one, rungs))
+            answer = self.waiting.next(lambda one: self._ready(one, state))
             if answer is None:
                 return
             try:
@@ -141,13 +141,13 @@ class Work:
             except EngineError as error:  # also where idle sessions cannot be written to disk
                 self._end(answer, Piece(error=error))
 
-    def _ready(self, answer: Answer, rungs: int) -> bool:
+    def _ready(self, answer: Answer, state: int) -> bool:
         """Whether its next page is not being computed for another: then it waits for that one."""
         if self._kept(answer):
             return True
-        if answer.depth != rungs or len(answer.keys) < len(answer.ids) // self._page:
-            answer.depth = rungs
-            answer.keys = page_keys(answer.ids, self._page, rungs)
+        if answer.state != state or len(answer.keys) < len(answer.ids) // self._page:
+            answer.state = state
+            answer.keys = page_keys(answer.ids, self._page, state)
         at = self._cache.prefixes.count(answer.keys)
         return at == len(answer.keys) or answer.keys[at] not in self._making
 
@@ -179,7 +179,7 @@ class Work:
             if not answer.begun:
                 answer.begun = True
                 answer.cached = answer.fed
-        if answer.depth == self._model.depth.rungs:
+        if answer.state == self._model.depth.state:
             for key in answer.keys[answer.shared :]:
                 self._making.setdefault(key, answer)
         self._unqueue(answer)
@@ -226,12 +226,12 @@ class Work:
         self.counters.step_seconds += seconds
         at = 0
         for (answer, count), wanted in zip(parts, want, strict=True):
-            if answer.depth != depth.rungs:
+            if answer.state != depth.state:
                 if not answer.tokens and answer.shared and answer.fed == answer.shared * self._page:
                     self._start_over(answer)  # what it found was of another depth
                     at += wanted
                     continue
-                answer.depth = -1
+                answer.state = -1
             fresh = min(count, max(len(answer.request.prompt) - answer.fed, 0))
             self.counters.prompt_tokens += fresh
             self.waiting.charge(answer.request.key, fresh + _ANSWER_COST * (count - fresh))
@@ -275,10 +275,10 @@ class Work:
     def _share(self, answer: Answer) -> None:
         """Let others find the pages that are full now."""
         full = answer.fed // self._page
-        if answer.depth < 0 or answer.sequence is None or answer.shared >= full:
+        if answer.state < 0 or answer.sequence is None or answer.shared >= full:
             return
         if len(answer.keys) < full:
-            answer.keys = page_keys(answer.ids, self._page, answer.depth, answer.keys)
+            answer.keys = page_keys(answer.ids, self._page, answer.state, answer.keys)
         self._cache.share(answer.sequence, answer.keys[:full])
         for key in answer.keys[answer.shared : full]:
             if self._making.get(key) is answer:
