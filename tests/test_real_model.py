@@ -150,9 +150,12 @@ def run_cli(*arguments: str) -> tuple[subprocess.CompletedProcess[str], int]:
     return done, int(done.stderr.split()[-1]) * 1024
 
 
-def test_run_stays_below_its_budget_and_answers() -> None:
+@pytest.mark.parametrize("kv", ["16", "auto"])
+def test_run_stays_below_its_budget_and_answers(kv: str) -> None:
     question = "What is the capital of France?"
-    done, peak = run_cli("run", PACK, "--memory", "150MiB", "-p", question, "--temperature", "0")
+    done, peak = run_cli(
+        "run", PACK, "--memory", "150MiB", "-p", question, "--temperature", "0", "--kv-bits", kv
+    )
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     assert peak < 150 * 2**20
@@ -189,3 +192,13 @@ def test_the_budget_moves_while_it_generates(windows: list[list[int]]) -> None:
         walked = model.logits(windows[0][:50])
     with pliant.load(PACK, weights="100MB") as fresh:
         assert np.array_equal(walked, fresh.logits(windows[0][:50]))
+
+
+def test_coded_kv_costs_what_the_pack_says(windows: list[list[int]]) -> None:
+    from pliant.engine.kv_quality import kv_quality
+
+    found = kv_quality(PACK, windows[:2], [3.25, 4.25, 5.25], weights=105_000_000)
+    for one, most in zip(found, (0.012, 0.045, 0.2), strict=True):  # from the deepest on
+        worst, usual = one["all_coded"]["kl"], one["as_run"]["kl"]
+        assert usual < worst < most
+        assert 0.4 < worst / one["expected_kl"] < 2.5
