@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -159,7 +160,7 @@ def test_a_port_in_use_is_an_error(pack: Path, capsys: pytest.CaptureFixture[str
     with serving(pack) as (url, _):
         port = url.rpartition(":")[2]
         assert main(["serve", str(pack), "--port", port]) == 1
-    assert "in use" in capsys.readouterr().err
+    assert re.search(r"port \d+ of .*in use; choose others with --port", capsys.readouterr().err)
 
 
 # --- batch

@@ -110,7 +110,7 @@ def open_app(settings: Settings) -> Iterator[Starlette]:
 def serve(settings: Settings, told: Callable[[str], None]) -> None:
     """Load and serve until SIGINT or SIGTERM. `told` is called once it listens, with the address.
 
-    Whatever `pliant.load` raises; OSError if the address cannot be used.
+    Whatever `pliant.load` raises; EngineError if the address cannot be used.
     """
     set_up_log(settings.log_level)
     if not is_loopback(settings.host):
@@ -172,19 +172,28 @@ class _Server(uvicorn.Server):
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """The socket is taken before the model is read, so that a port in use is known at once."""
-    family, kind, _, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind)
+    """The socket is taken before the model is read, so that a port in use is known at once.
+
+    EngineError, with the address and the way out, if it cannot be had.
+    """
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
-        listener.set_inheritable(False)
-    except BaseException:
-        listener.close()
-        raise
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+            listener.set_inheritable(False)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise EngineError(
+            f"port {port} of {host} cannot be listened on: {error.strerror}; choose others with "
+            "--port and --host"
+        ) from error
     return listener
 
 
