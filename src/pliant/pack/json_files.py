@@ -14,12 +14,12 @@ __all__ = ["read_json", "write_json"]
 _MAX_JSON = 64 << 20
 
 
-def read_json(path: Path, origin: str) -> dict[str, Any]:
-    """The object in a JSON file; SourceError where it is none or far too large."""
+def read_json(path: Path, origin: str, most: int = _MAX_JSON) -> dict[str, Any]:
+    """The object in a JSON file; SourceError where it is none or has more than `most` bytes."""
     try:
         size = path.stat().st_size
-        if size > _MAX_JSON:
-            raise SourceError(f"{origin}: {path.name} has {size} bytes; {_MAX_JSON} is the most.")
+        if size > most:
+            raise SourceError(f"{origin}: {path.name} has {size} bytes; {most} is the most.")
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise SourceError(f"{origin}: {path.name} cannot be read ({error.strerror}).") from None

@@ -150,7 +150,7 @@ def copy_tokenizer_files(source: Path, directory: Path, origin: str) -> None:
     """
     settings: dict[str, Any] = {}
     if (source / "tokenizer_config.json").is_file():
-        settings = read_json(source / "tokenizer_config.json", origin)
+        settings = read_json(source / "tokenizer_config.json", origin, _MAX_FILE)
     # Code that a repository brings is never run, and no file of a pack asks for it.
     settings.pop("auto_map", None)
     template = _chat_template(source, settings, origin)
@@ -168,7 +168,7 @@ def copy_tokenizer_files(source: Path, directory: Path, origin: str) -> None:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     for name in _COPIED:
         if (source / name).is_file():
-            write_json(directory / name, read_json(source / name, origin))
+            write_json(directory / name, read_json(source / name, origin, _MAX_FILE))
 
 
 def _vocabulary(metadata: Mapping[str, Any], origin: str) -> _Vocabulary:
@@ -463,7 +463,7 @@ def _chat_template(source: Path, settings: Mapping[str, Any], origin: str) -> st
         return path.read_text(encoding="utf-8", errors="replace")
     value = settings.get("chat_template")
     if value is None and (source / "chat_template.json").is_file():
-        value = read_json(source / "chat_template.json", origin).get("chat_template")
+        value = read_json(source / "chat_template.json", origin, _MAX_FILE).get("chat_template")
     if isinstance(value, list):
         named = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
         value = named.get("default")
