@@ -109,9 +109,7 @@ def _entry(parts: Parts, plan: Plan, wish: Wish, bandwidth: float) -> dict[str, 
     rungs = plan.rungs if wish.weights is not None else floor_rungs(sizes, wish)
     room = (plan.memory or plan.total) - sum(b for _, b in plan.fixed) - sizes.arena[rungs]
     level = kv_levels(sizes, wish)[0]
-    if level:
-        room -= sizes.kv_chunk * sizes.kv_page_bytes
-        room -= sizes.tail(level) * sizes.page_bytes(level) * plan.sessions
+    room -= sizes.exact_bytes(level, plan.sessions)
     pages = max(room, 0) // (sizes.page_bytes(level) * plan.sessions)
     base = sum(array_bytes for name, array_bytes in plan.fixed if name == "base")
     return {

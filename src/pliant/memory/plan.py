@@ -106,6 +106,12 @@ class PackSizes:
         of that level."""
         return -(-self.kv_page_bytes // self.page_bytes(level)) - 1 if level else 0
 
+    def exact_bytes(self, level: int, sequences: int) -> int:
+        """Bytes of exact pages beside coded ones: the newest of each sequence, and those that a
+        chunk fills. None where all are exact."""
+        tails = sequences * self.tail(level) * self.page_bytes(level)
+        return tails + self.kv_chunk * self.kv_page_bytes
+
     def kv_divergence(self, level: int) -> float:
         """The KL that coded pages are expected to cost, all of them being coded."""
         return self.kv_quality[level - 1] if level else 0.0
@@ -343,7 +349,7 @@ def _plan_at(
         most = _plan(sizes, fixed, wish, rungs, most_context, level)
         for_kv = max(min(room // KV_SHARE, most.kv), least.kv)
         rungs = max(rungs, bisect_right(sizes.arena, room - for_kv) - 1)
-    left = room - sizes.arena[rungs] - _tails(sizes, wish, level)
+    left = room - sizes.arena[rungs] - sizes.exact_bytes(level, _sequences(wish))
     pages = max(left, 0) // (sizes.page_bytes(level) * wish.sessions)
     context = min(pages * sizes.kv_page_tokens, most_context)
     return _plan(sizes, fixed, wish, rungs, max(context, least_context(sizes, wish)), level)
@@ -360,12 +366,9 @@ def _fixed_rungs(sizes: PackSizes, wish: Wish, floor: int) -> int:
     return rungs
 
 
-def _tails(sizes: PackSizes, wish: Wish, level: int) -> int:
-    """Bytes of exact pages beside coded ones: of each sequence, and those that a chunk fills."""
-    if not level:
-        return 0
-    tails = max(wish.sessions, wish.least_tails) * sizes.tail(level) * sizes.page_bytes(level)
-    return tails + sizes.kv_chunk * sizes.kv_page_bytes
+def _sequences(wish: Wish) -> int:
+    """Sequences whose newest page is in memory."""
+    return max(wish.sessions, wish.least_tails)
 
 
 def _plan(
@@ -377,9 +380,8 @@ def _plan(
     level: int,
 ) -> Plan:
     weights = sizes.weights[rungs]
-    tails = max(wish.sessions, wish.least_tails) * sizes.tail(level)
-    pages = max(sizes.pages(context) * wish.sessions, wish.least_pages) + tails
-    chunk = sizes.kv_chunk * sizes.kv_page_bytes if level else 0
+    pages = max(sizes.pages(context) * wish.sessions, wish.least_pages)
+    exact = sizes.exact_bytes(level, _sequences(wish))
     kl = expected_kl(sizes.quality, weights) if sizes.coded else None
     return Plan(
         memory=wish.memory,
@@ -388,8 +390,8 @@ def _plan(
         arena=sizes.arena[rungs],
         context=max(context, wish.least_context),
         sessions=wish.sessions,
-        kv_pages=pages,
-        kv=pages * sizes.page_bytes(level) + chunk,
+        kv_pages=pages + _sequences(wish) * sizes.tail(level),
+        kv=pages * sizes.page_bytes(level) + exact,
         kv_level=level,
         kv_bits=sizes.kv_bits(level),
         kv_tail=sizes.tail(level),
@@ -405,7 +407,7 @@ def _refusal(sizes: PackSizes, wish: Wish, floor: Plan) -> str:
     parts = [*floor.fixed, (f"weights, {rungs}", floor.arena)]
     other = "" if wish.context is None else ", or ask for less context"
     pages = sizes.pages(least_context(sizes, wish)) * floor.sessions
-    if wish.least_pages > pages or (wish.least_pages == pages and pages):
+    if wish.least_pages >= pages:
         kv = f"kv, {wish.least_pages * sizes.kv_page_tokens} tokens in use or promised"
         other = ", or wait until the answers in progress have ended"
     else:
