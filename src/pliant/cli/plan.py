@@ -14,7 +14,6 @@ from pliant.cli.common import (
     print_json,
     table,
 )
-from pliant.errors import UsageError
 from pliant.sizes import MIB, format_mb, format_size
 
 if TYPE_CHECKING:
@@ -45,16 +44,14 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from pliant import _core
     from pliant.engine.build import default_threads
-    from pliant.engine.loading import open_parts
+    from pliant.engine.loading import kv_wish, open_parts
     from pliant.memory.plan import Wish, make_plan, smallest
 
     given = load_options(options)
     threads = default_threads(given.pop("threads", None))
-    kv_bits = given.pop("kv_bits", 16)
-    if "kv_floor" in given and kv_bits != "auto":
-        raise UsageError("--kv-floor belongs to --kv-bits auto")
-    parts = open_parts(options.pack, threads=threads, isa=given.pop("isa"), coded_kv=kv_bits != 16)
-    wish = Wish(**given, kv_bits=None if kv_bits in ("auto", 16) else kv_bits)
+    coded, kv_bits = kv_wish(given.pop("kv_bits", 16), given.get("kv_floor"))
+    parts = open_parts(options.pack, threads=threads, isa=given.pop("isa"), coded_kv=coded)
+    wish = Wish(**given, kv_bits=kv_bits)
     bandwidth = _core.read_bandwidth(64, threads, 3)
     least = smallest(parts.sizes, parts.fixed, wish)
     answer: dict[str, Any] = {

@@ -21,7 +21,7 @@ from pliant.store import Pack
 if TYPE_CHECKING:
     from pliant.engine.seam import Executor, Tokenizer
 
-__all__ = ["Parts", "load", "open_parts"]
+__all__ = ["Parts", "kv_wish", "load", "open_parts"]
 
 LOGIT_ROWS = 1  # rows of logits in memory at once besides one for each answer
 ROUNDING = MIB  # fixed parts are rounded up to it, so that plans do not differ from run to run
@@ -116,6 +116,18 @@ def open_parts(
     return Parts(pack, executor, tokenizer, pack_sizes(pack, executor, chunk), named, template)
 
 
+def kv_wish(kv_bits: float | Literal["auto"], kv_floor: float | None) -> tuple[bool, float | None]:
+    """Whether full pages of the KV cache are coded, and with at most how many bits (None: as many
+    as serve best); UsageError for what has no meaning. The arguments are those of `load`."""
+    if kv_bits != "auto" and (
+        isinstance(kv_bits, bool) or not isinstance(kv_bits, int | float) or not 1 <= kv_bits <= 16
+    ):
+        raise UsageError(f"kv_bits must be from 1 to 16, or 'auto', and not {kv_bits!r}")
+    if kv_floor is not None and kv_bits != "auto":
+        raise UsageError("kv_floor belongs to kv_bits='auto'")
+    return kv_bits != 16, None if kv_bits == "auto" or kv_bits == 16 else kv_bits
+
+
 def load(
     path: str | os.PathLike[str],
     *,
@@ -161,12 +173,7 @@ def load(
     Raises PackError for a pack that cannot be used, BudgetError with the sum if it does not fit,
     UsageError for arguments without meaning.
     """
-    if kv_bits != "auto" and (
-        isinstance(kv_bits, bool) or not isinstance(kv_bits, int | float) or not 1 <= kv_bits <= 16
-    ):
-        raise UsageError(f"kv_bits must be from 1 to 16, or 'auto', and not {kv_bits!r}")
-    if kv_floor is not None and kv_bits != "auto":
-        raise UsageError("kv_floor belongs to kv_bits='auto'")
+    coded, most_bits = kv_wish(kv_bits, kv_floor)
     auto = memory == "auto"
     if keep_free is not None and not auto:
         raise UsageError("keep_free belongs to memory='auto'")
@@ -180,7 +187,7 @@ def load(
         sessions=sessions,
         min_bits=min_bits,
         max_kl=max_kl,
-        kv_bits=None if kv_bits == "auto" or kv_bits == 16 else kv_bits,
+        kv_bits=most_bits,
         kv_floor=kv_floor,
     )
     parts = open_parts(
@@ -192,7 +199,7 @@ def load(
         answers=answers,
         also=also,
         limit=wish.memory,
-        coded_kv=kv_bits != 16,
+        coded_kv=coded,
     )
     if auto:
         first = first_budget(parts.sizes, parts.fixed, wish, free, Sources())
