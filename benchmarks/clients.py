@@ -10,8 +10,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
+
+from pliant.store.closing import Closing
 
 __all__ = ["Answer", "Running", "free_port", "percentile", "pliant_server"]
 
@@ -54,7 +55,7 @@ class Answer:
         return None
 
 
-class Running:
+class Running(Closing):
     """A server as a process of its own. Use it as a context manager; it is ended at the end."""
 
     def __init__(self, command: Sequence[str], port: int, ready: str, *, log: Any = None) -> None:
@@ -76,17 +77,6 @@ class Running:
                 self.close()
                 raise RuntimeError(f"{' '.join(command)} does not answer")
             time.sleep(0.1)
-
-    def __enter__(self) -> Running:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> int:
         """End it with grace; its status."""

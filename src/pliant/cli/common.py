@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pliant.sizes import parse_size
@@ -21,6 +22,7 @@ __all__ = [
     "need_matplotlib",
     "print_json",
     "quality_text",
+    "save_figure",
     "say",
     "size_option",
     "table",
@@ -180,6 +182,16 @@ def need_matplotlib() -> None:
 
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib in the form that the name of the file says. UsageError."""
+    from pliant.errors import UsageError
+
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be written: {error}") from error
 
 
 def say(text: str) -> None:

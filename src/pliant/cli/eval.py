@@ -16,6 +16,7 @@ from pliant.cli.common import (
     natural,
     need_matplotlib,
     print_json,
+    save_figure,
     say,
     table,
 )
@@ -197,10 +198,7 @@ def _plot_kv(answer: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{Path(answer['pack']).name} on {Path(answer['text']).name}")
     axes.grid(which="both", alpha=0.25)
     axes.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be written: {error}") from error
+    save_figure(figure, path)
 
 
 def _read(path: Path) -> str:
@@ -381,7 +379,4 @@ def _plot(answer: dict[str, Any], path: Path) -> None:
     axes.grid(which="both", alpha=0.25)
     if measured or expected:
         axes.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be written: {error}") from error
+    save_figure(figure, path)

@@ -9,7 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pliant.errors import PliantError, UsageError
+from pliant.cli.common import save_figure
+from pliant.errors import PliantError
 from pliant.sizes import MIB, format_size
 
 if TYPE_CHECKING:
@@ -162,10 +163,7 @@ def plot_walk(answer: dict[str, Any], path: Path) -> None:
     for axes in (memory, bits, speed):
         axes.grid(alpha=0.25)
         axes.margins(x=0)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be written: {error}") from error
+    save_figure(figure, path)
 
 
 def _smooth(samples: list[dict[str, Any]], width: float = 0.25) -> tuple[list[float], list[float]]:

@@ -6,6 +6,7 @@ The same weights, the same text, and the mean KL divergence between both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from pliant.engine.build import RungFiles
 from pliant.engine.compare import Divergence
 from pliant.engine.loading import Parts, open_parts
 from pliant.engine.seam import Floats
-from pliant.errors import UsageError
-from pliant.memory.plan import PackSizes, Wish, kv_levels, rungs_within
+from pliant.engine.turns import Turns
+from pliant.engine.weights import Weights
+from pliant.memory.plan import Wish, kv_levels, rungs_within
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -89,23 +91,11 @@ def _ready(
     path: str | PathLike[str], threads: int | None, isa: str, weights: int | None, *, coded: bool
 ) -> Parts:
     parts = open_parts(path, threads=threads, isa=isa, chat=False, coded_kv=coded)
-    sizes: PackSizes = parts.sizes
+    sizes = parts.sizes
     rungs = sizes.rungs if weights is None else rungs_within(sizes, weights)
-    files = RungFiles(parts.pack)
-    try:
-        if not parts.executor.read_rungs(
-            [files.location(rung) for rung in range(rungs)],
-            first=0,
-            goal=rungs,
-            ticket=2**64 - 1,
-            threads=parts.executor.threads,
-            direct=False,
-            share=1.0,
-        ):
-            raise UsageError("the rungs were not read")
-    finally:
-        files.close()
-    parts.executor.publish(rungs)
+    with closing(RungFiles(parts.pack)) as files:
+        held = Weights(parts.executor, files, sizes, Turns(lambda on: None))
+        held.grow(rungs, held.limit(rungs), alone=True)
     parts.executor.reserve_kv(sizes.pages(sizes.context))
     return parts
 

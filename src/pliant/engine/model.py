@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from pliant.memory.ledger import Audit, Ledger
 from pliant.memory.plan import PackSizes, Plan, Wish
 from pliant.memory.pressure import Sources
 from pliant.sizes import format_size, parse_size
+from pliant.store.closing import Closing
 
 if TYPE_CHECKING:
     from pliant.engine.chat import ChatTemplate, Message
@@ -45,7 +45,7 @@ def _nobody(on: bool) -> None:
     """There is nobody left who could hurry."""
 
 
-class Model:
+class Model(Closing):
     """A model that runs within a budget. Made by `pliant.load`; close it, or use it in a `with`.
 
     Answers may be made from several threads at once; their steps take turns. The budget may be
@@ -97,17 +97,6 @@ class Model:
         except BaseException:
             self._holdings.close()
             raise
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give everything back; answers that go on end with an EngineError."""
