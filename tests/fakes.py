@@ -36,6 +36,7 @@ class FakeExecutor:
     kv_page_tokens = PAGE_TOKENS
     kv_page_bytes = KV_PAGE
     kv_rung_bytes = ()
+    kv_stored_bytes = (KV_PAGE,)
     threads = 1
     isa = "fake"
 
@@ -139,8 +140,8 @@ class FakeExecutor:
         del self.sequences[seq][length:]
         return length
 
-    def page_form(self, seq: int, page: int) -> tuple[int, int]:
-        return 0, KV_PAGE
+    def page_rungs(self, pages: list[int]) -> list[int]:
+        return [0] * len(pages)
 
     def pages(self, seq: int) -> list[int]:
         return [seq * 10_000 + page for page in range(-(-len(self.sequences[seq]) // PAGE_TOKENS))]
@@ -157,7 +158,8 @@ class FakeExecutor:
     def trim_kv(self) -> int:
         return 0
 
-    def take_page(self, seq: int, page: int, into: npt.NDArray[np.uint8]) -> None:
+    def take_page(self, page: int, into: npt.NDArray[np.uint8]) -> None:
+        seq, page = divmod(page, 10_000)
         tokens = self.sequences[seq][page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]
         into[:] = np.resize(np.array([*tokens, *[0] * (160 - len(tokens))], "<i4").view("u1"), 640)
 

@@ -26,6 +26,7 @@ from pliant.engine import model as model_module
 from pliant.engine.build import RungFiles
 from pliant.engine.cache import Cache
 from pliant.engine.control import BudgetControl
+from pliant.engine.parked_page import ParkedPage, header_bytes
 from pliant.engine.parking import Parked
 from pliant.engine.turns import Turns
 from pliant.errors import BudgetError, ChecksumError, EngineError, PackError
@@ -289,7 +290,7 @@ def test_weights_go_first_then_idle_sessions_and_what_is_promised_stays() -> Non
     assert model.depth.rungs == 1
     assert (cache_of(model).parked[0], len(executor_of(model).sequences[0])) == (0, 700)
     model.budget = FIXED + 41 * PAGE + 1000
-    assert cache_of(model).parked == (1, 22 * (PAGE + 4))
+    assert cache_of(model).parked == (1, 22 * (PAGE + header_bytes(0)))
     assert len(executor_of(model).sequences[0]) == 0
     report = model.report()
     assert (report.parked, report.in_flight) == (1, 1)
@@ -362,10 +363,10 @@ def test_what_was_parked_and_cannot_be_read_is_computed_again(
     with model._turns:
         cache_of(model)._park(one.sequence)
 
-    def broken(self: Parked, page: int) -> Any:
+    def broken(*_: Any) -> Any:
         raise ChecksumError("not as it was written")
 
-    monkeypatch.setattr(Parked, "read", broken)
+    monkeypatch.setattr(ParkedPage, "read", broken)
     model.step_all([two, one], [6, 5])
     assert executor_of(model).sequences == {0: [*range(1, 101), 5], 1: [4] * 10 + [6]}
     with model._turns:
@@ -518,7 +519,8 @@ def test_parked_files_have_no_name_and_are_closed(pack: Path, tmp_path: Path) ->
                 cache_of(model)._park(session.sequence)
             assert open_files() == before + 1
             assert not list(tmp_path.iterdir())
-            assert model.report().parked_bytes == 4 * (model._executor.kv_page_bytes + 4)
+            size = model._executor.kv_page_bytes + header_bytes(0)
+            assert model.report().parked_bytes == 4 * size
             session.close()
             assert open_files() == before
             session = model.session()
@@ -529,23 +531,6 @@ def test_parked_files_have_no_name_and_are_closed(pack: Path, tmp_path: Path) ->
         assert open_files() < before
     finally:
         del os.environ["TMPDIR"]
-
-
-def test_a_damaged_parked_page_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    page = np.arange(64, dtype=np.uint8)
-    parked = Parked(iter([(3, page), (0, page[:40:-1].copy())]), 40)
-    assert (parked.pages, parked.bytes) == (2, 64 + 4 + 23 + 4)
-    rungs, data = parked.read(1)
-    assert rungs == 0
-    assert np.array_equal(data, page[:40:-1])
-    os.pwrite(parked._descriptor, b"\xff", 70)
-    with pytest.raises(ChecksumError):
-        parked.read(1)
-    assert parked.read(0)[0] == 3
-    with pytest.raises(IndexError):
-        parked.read(2)
-    parked.close()
 
 
 def test_eight_answers_go_on_while_the_budget_walks(pack: Path) -> None:

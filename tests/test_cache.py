@@ -133,9 +133,10 @@ class Player:
                 tokens = np.array(ids[:length], np.int32)
                 self.model._executor.step([other], [length], tokens, [0])
                 mine, due = (np.empty(self.model._executor.kv_page_bytes, np.uint8) for _ in "12")
-                for page in range(length // PAGE):
-                    self.model._executor.take_page(sequence, page, mine)
-                    self.model._executor.take_page(other, page, due)
+                pages = map(self.model._executor.pages, (sequence, other))
+                for one, two in list(zip(*pages, strict=True))[: length // PAGE]:
+                    self.model._executor.take_page(one, mine)
+                    self.model._executor.take_page(two, due)
                     assert (mine == due).all()
         finally:
             self.model._executor.close_sequence(other)

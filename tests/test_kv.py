@@ -140,24 +140,13 @@ def test_dropping_rungs_is_having_coded_fewer(path: Path) -> None:
                 executor.set_kv_level(level)
             pages.append(page(executor, sequence, 0))
             assert executor.page_rungs(executor.pages(sequence)) == [level, 0]
-        # Behind the last ply there is padding, in which the longer one may have left something.
-        used = slot_bytes(path, level)
-        assert pages[0][:used] == pages[1][:used]
-
-
-def slot_bytes(path: Path, level: int) -> int:
-    """Codes and plies of a slot without its padding."""
-    model, kv = Pack.open(path).manifest.model, Pack.open(path).manifest.kv
-    assert kv is not None
-    heads, groups = model.layers * model.kv_heads, -(-model.head_dim // 64)
-    return heads * -(-2 * groups * PAGE // 64) * 64 + sum(kv.rungs[:level]) * 128
+        assert pages[0] == pages[1]
 
 
 def page(executor: _core.Executor, sequence: int, number: int) -> bytes:
-    rungs, size = executor.page_form(sequence, number)
-    assert size == executor.kv_rung_bytes[rungs]
-    data = np.empty(size, np.uint8)
-    executor.take_page(sequence, number, data)
+    found = executor.pages(sequence)[number]
+    data = np.empty(executor.kv_stored_bytes[executor.page_rungs([found])[0]], np.uint8)
+    executor.take_page(found, data)
     return data.tobytes()
 
 
@@ -179,15 +168,14 @@ def test_pages_go_and_come_back(path: Path) -> None:
     executor.set_kv_level(4)
     first, second = executor.open_sequence(), executor.open_sequence()
     feed(executor, first, ids[:100], [100])
-    forms = [executor.page_form(first, n) for n in range(4)]
-    assert [rungs for rungs, _ in forms] == [4, 4, 4, 0]
-    for number, (rungs, size) in enumerate(forms):
-        data = np.empty(size, np.uint8)
-        executor.take_page(first, number, data)
+    forms = executor.page_rungs(executor.pages(first))
+    assert forms == [4, 4, 4, 0]
+    for number, rungs in enumerate(forms):
+        data = np.frombuffer(page(executor, first, number), np.uint8)
         executor.put_page(second, min(PAGE, 100 - number * PAGE), data, rungs)
     expected = feed(executor, first, ids[100:], [1])
     np.testing.assert_array_equal(feed(executor, second, ids[100:], [1]), expected)
-    third, size = executor.open_sequence(), forms[0][1]
+    third, size = executor.open_sequence(), executor.kv_stored_bytes[4]
     for tokens, rungs, count in ((32, 0, executor.kv_page_bytes), (5, 4, size), (32, 99, size)):
         with pytest.raises(UsageError):
             executor.put_page(third, tokens, np.zeros(count, np.uint8), rungs)
@@ -371,6 +359,44 @@ def test_a_session_that_turns_back_computes_its_page_again(tiny: Path) -> None:
             np.testing.assert_array_equal(found, fresh.feed(other))
 
 
+def park(model: pliant.Model, session: pliant.Session) -> None:
+    with model._turns:
+        model._holdings.cache._park(session.sequence)
+
+
+def test_a_parked_session_that_turns_back_does_the_same(tiny: Path) -> None:
+    ids = some_ids(256, 90)
+    with pliant.load(tiny, kv_bits=5) as model, model.session() as session:
+        for at, kept in ((80, 80), (50, 32), (20, 0)):
+            session.rewind(ids)
+            session.feed(ids[len(session) :])
+            park(model, session)
+            other = [*ids[:at], 7, 7]
+            assert session.rewind(other) == kept
+            found = session.feed(other[kept:])
+            with model.session() as fresh:
+                np.testing.assert_array_equal(found, fresh.feed(other))
+
+
+def test_a_parked_session_comes_back_with_what_the_level_allows(tiny: Path) -> None:
+    ids = some_ids(256, 200)
+    with pliant.load(tiny, kv_bits=6.5) as model:
+        executor: Any = model._executor
+        level = model.depth.kv_level
+        with model.session() as session:
+            session.feed(ids)
+            park(model, session)
+            executor.set_kv_level(2)
+            model._holdings.cache.level = 2
+            found = session.feed([7])
+            assert executor.page_rungs(executor.pages(session.sequence)) == [2] * 6 + [0]
+        executor.set_kv_level(level)
+        with model.session() as session:
+            session.feed(ids)
+            executor.set_kv_level(2)
+            np.testing.assert_array_equal(session.feed([7]), found)
+
+
 def test_parked_sessions_lose_nothing(tiny: Path) -> None:
     ids = some_ids(256, 200)
     with pliant.load(tiny, kv_bits=4.5) as model:
@@ -379,8 +405,7 @@ def test_parked_sessions_lose_nothing(tiny: Path) -> None:
             expected = session.feed([7])
         with model.session() as session:
             session.feed(ids)
-            with model._turns:
-                model._holdings.cache._park(session.sequence)
+            park(model, session)
             assert model.report().parked == 1
             np.testing.assert_array_equal(session.feed([7]), expected)
 

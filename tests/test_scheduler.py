@@ -480,7 +480,7 @@ def test_what_disk_does_not_keep_is_computed_again(
         def break_(*_: Any) -> Any:
             raise ChecksumError("it is not as it was written")
 
-        monkeypatch.setattr("pliant.engine.parking.Parked.read", break_)
+        monkeypatch.setattr("pliant.engine.parked_page.ParkedPage.read", break_)
     scheduler, answers, _, expected = crowd(model)
     assert scheduler.counters.preemptions > 0
     assert scheduler.counters.prompt_tokens > 4 * 90

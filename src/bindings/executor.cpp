@@ -143,6 +143,15 @@ nb::object step_states(Executor& self, const std::vector<int>& sequences,
     return as_array(std::move(states), rows, static_cast<size_t>(self.model().hidden));
 }
 
+// UsageError unless `bytes` is what a stored page has of the rungs behind `before`, up to `rungs`.
+void check_stored(const Executor& self, int rungs, int before, size_t bytes) {
+    const KvCache& kv = self.kv;
+    if (rungs < 0 || rungs > std::max(kv.ladder.rungs(), 0) || (before > 0 && rungs <= before))
+        throw UsageError("there is no KV page of " + std::to_string(rungs) + " rungs");
+    const uint64_t due = kv.stored_bytes(rungs) - (before > 0 ? kv.stored_bytes(before) : 0);
+    if (bytes != due) throw UsageError("this takes " + std::to_string(due) + " bytes of a KV page");
+}
+
 }  // namespace
 
 void init_executor(nb::module_& module) {
@@ -279,6 +288,7 @@ void init_executor(nb::module_& module) {
         .def(
             "page_rungs",
             [](const Executor& self, const std::vector<int>& pages) {
+                self.kv.check_used(pages);
                 std::vector<int> rungs;
                 for (int page : pages)
                     rungs.push_back(self.kv.coded(page) ? self.kv.rungs(page) : 0);
@@ -322,35 +332,39 @@ void init_executor(nb::module_& module) {
         .def(
             "trim_kv", [](Executor& self) { return self.kv.trim(); },
             nb::call_guard<nb::gil_scoped_release>())
-        .def(
-            "page_form",
-            [](const Executor& self, int sequence, int page) {
-                const KvCache::Stored stored = self.kv.page(sequence, page);
-                return std::make_tuple(stored.rungs, stored.bytes);
-            },
-            nb::arg("seq"), nb::arg("page"))
+        .def_prop_ro("kv_stored_bytes",
+                     [](const Executor& self) {
+                         std::vector<uint64_t> bytes;
+                         for (int i = 0; i <= self.kv.ladder.rungs(); ++i)
+                             bytes.push_back(self.kv.stored_bytes(i));
+                         if (bytes.empty()) bytes.push_back(self.kv.page_bytes());
+                         return bytes;
+                     })
         .def(
             "take_page",
-            [](const Executor& self, int sequence, int page,
+            [](const Executor& self, int page,
                nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& into) {
-                const KvCache::Stored from = self.kv.page(sequence, page);
-                if (into.shape(0) != from.bytes)
-                    throw UsageError("this KV page has " + std::to_string(from.bytes) + " bytes");
-                std::copy_n(from.data, from.bytes, into.data());
+                self.kv.check_used({page});
+                check_stored(self, self.kv.coded(page) ? self.kv.rungs(page) : 0, 0, into.shape(0));
+                self.kv.store(page, into.data());
             },
-            nb::arg("seq"), nb::arg("page"), nb::arg("into"))
+            nb::arg("page"), nb::arg("into"))
         .def(
             "put_page",
             [](Executor& self, int sequence, int tokens, const Array1<uint8_t>& from, int rungs) {
-                const uint64_t due = rungs > 0 && rungs <= self.kv.ladder.rungs()
-                                         ? self.kv.ladder.bytes(rungs)
-                                         : self.kv.page_bytes();
-                if (from.shape(0) != due)
-                    throw UsageError("this KV page has " + std::to_string(due) + " bytes");
-                const KvCache::Stored to = self.kv.append(sequence, tokens, rungs);
-                std::copy_n(from.data(), to.bytes, to.data);
+                check_stored(self, rungs, 0, from.shape(0));
+                self.kv.append(sequence, tokens, rungs, from.data());
             },
             nb::arg("seq"), nb::arg("tokens"), nb::arg("from_"), nb::arg("rungs") = 0)
+        .def(
+            "deepen_page",
+            [](Executor& self, int page, const Array1<uint8_t>& from, int rungs) {
+                self.kv.check_used({page});
+                check_stored(self, rungs, self.kv.coded(page) ? self.kv.rungs(page) : 0,
+                             from.shape(0));
+                self.kv.deepen(page, rungs, from.data());
+            },
+            nb::arg("page"), nb::arg("from_"), nb::arg("rungs"))
         .def("step", &step_logits, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"),
              nb::arg("want"), nb::kw_only(), nb::arg("whole") = true)
         .def("states", &step_states, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"),

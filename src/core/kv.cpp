@@ -213,18 +213,15 @@ uint16_t* KvCache::keys(int sequence, int page, int layer, int head) const {
     return reinterpret_cast<uint16_t*>(exact(s.pages[static_cast<size_t>(page)])) + at;
 }
 
-KvCache::Stored KvCache::page(int sequence, int page) const {
-    const Sequence& s = get(sequence);
-    if (page < 0 || page >= static_cast<int>(s.pages.size()))
-        throw UsageError("sequence " + std::to_string(sequence) + " has " +
-                         std::to_string(s.pages.size()) + " pages and no page " +
-                         std::to_string(page));
-    const int number = s.pages[static_cast<size_t>(page)];
-    if (!coded(number)) return {0, exact(number), page_bytes_};
-    return {rungs(number), slot(number), bytes(number)};
+void KvCache::store(int page, uint8_t* out) const {
+    check_used({page});
+    if (coded(page))
+        ladder.split(slot(page), rungs(page), out);
+    else
+        std::memcpy(out, exact(page), page_bytes_);
 }
 
-KvCache::Stored KvCache::append(int sequence, int tokens, int rungs) {
+void KvCache::append(int sequence, int tokens, int rungs, const uint8_t* stored) {
     const int before = get(sequence).length;
     if (tokens < 1 || tokens > kPageTokens || before % kPageTokens != 0 ||
         (tokens == kPageTokens && ladder.present() ? rungs < 1 || rungs > ladder.rungs()
@@ -234,15 +231,29 @@ KvCache::Stored KvCache::append(int sequence, int tokens, int rungs) {
                          " tokens");
     if (pages_free() < 1) throw EngineError("the KV cache has no free page");
     extend(sequence, tokens);
-    const int number = sequences_[static_cast<size_t>(sequence)].pages.back();
-    const size_t at = static_cast<size_t>(number);
-    if (rungs > 0) {
-        rungs_[at] = rungs;
-        touched_rungs_[at] = std::max(touched_rungs_[at], rungs);
-        shallow(number, rungs);
-        drop_exact(number);
+    const int page = sequences_[static_cast<size_t>(sequence)].pages.back();
+    const size_t at = static_cast<size_t>(page);
+    if (rungs == 0) {
+        std::memcpy(exact(page), stored, page_bytes_);
+        return;
     }
-    return page(sequence, before / kPageTokens);
+    rungs_[at] = rungs;
+    touched_rungs_[at] = std::max(touched_rungs_[at], rungs);
+    shallow(page, rungs);
+    drop_exact(page);
+    ladder.join(slot(page), 0, rungs, stored);
+}
+
+void KvCache::deepen(int page, int rungs, const uint8_t* stored) {
+    check_used({page});
+    const size_t at = static_cast<size_t>(page);
+    if (!coded(page) || rungs <= rungs_[at] || rungs > level_ || users_[at] != 1)
+        throw UsageError("a page of " + std::to_string(rungs_[at]) + " rungs and " +
+                         std::to_string(users_[at]) + " users cannot get " + std::to_string(rungs) +
+                         " where the level is " + std::to_string(level_));
+    ladder.join(slot(page), rungs_[at], rungs, stored);
+    rungs_[at] = rungs;
+    touched_rungs_[at] = std::max(touched_rungs_[at], rungs);
 }
 
 uint16_t* KvCache::values(int sequence, int page, int layer, int head) const {

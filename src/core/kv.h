@@ -6,7 +6,8 @@
 //
 // Without a ladder pages are exact: half precision. With one they are exact until they are full;
 // then they are coded into their slot, at the level that holds then, and the exact half is given
-// up. A coded page may lose rungs at any time between steps, and gets none back.
+// up. A coded page may lose rungs at any time between steps, and gets none back but from where it
+// was stored.
 #pragma once
 
 #include <cstdint>
@@ -34,6 +35,7 @@ class KvCache {
     // Counts one user more, or one less, for pages that are in use.
     void hold(const std::vector<int>& pages);
     void drop(const std::vector<int>& pages);
+    void check_used(const std::vector<int>& pages) const;  // EngineError unless all are
     int length(int sequence) const { return get(sequence).length; }
     // Forgets the tokens from `length` on; inside a coded page, all of that page. Returns how many
     // are left.
@@ -67,15 +69,17 @@ class KvCache {
     // [kPageTokens][value_stride].
     uint16_t* keys(int sequence, int page, int layer, int head) const;
     uint16_t* values(int sequence, int page, int layer, int head) const;
-    // A page of a sequence as it is stored and brought back: its rungs (0: exact), and its bytes.
-    struct Stored {
-        int rungs;
-        uint8_t* data;
-        uint64_t bytes;
-    };
-    Stored page(int sequence, int page) const;
-    // Appends a page of `tokens` tokens to a sequence that ends with a full one, to be filled.
-    Stored append(int sequence, int tokens, int rungs);
+    // Bytes of a page as it is stored and brought back: with so many rungs, or exact (0).
+    uint64_t stored_bytes(int rungs) const {
+        return rungs > 0 ? ladder.split_bytes(rungs) : page_bytes_;
+    }
+    // Writes a page that is in use as it is stored.
+    void store(int page, uint8_t* out) const;
+    // Appends a page of `tokens` tokens that was stored to a sequence that ends with a full one.
+    void append(int sequence, int tokens, int rungs, const uint8_t* stored);
+    // Adds the rungs up to `rungs` to a coded page with one user, as far as the level allows;
+    // `stored` is what they have of it.
+    void deepen(int page, int rungs, const uint8_t* stored);
     int value_stride() const { return value_stride_; }
 
     int pages_total() const { return pages_; }
@@ -96,7 +100,6 @@ class KvCache {
     };
     const Sequence& get(int sequence) const;
     bool copies(const Sequence& s) const;
-    void check_used(const std::vector<int>& pages) const;
     int take();
     void release(int page);
 

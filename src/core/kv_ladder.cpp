@@ -24,7 +24,8 @@ void KvLadder::set(const std::vector<uint32_t>& units, const std::vector<uint32_
     const size_t count = static_cast<size_t>(units_);
     std::vector<uint64_t> ends;
     std::vector<uint8_t> depth(count, 0), depths;
-    std::vector<uint32_t> starts, codes;
+    std::vector<uint32_t> starts, codes, plies_end{0};
+    std::vector<Ply> order_of_plies;
     const size_t of_head = static_cast<size_t>(4 * groups_);
     const auto lay_out = [&] {
         uint64_t place = 0;
@@ -50,8 +51,9 @@ void KvLadder::set(const std::vector<uint32_t>& units, const std::vector<uint32_
             const uint32_t unit = units[at];
             if (unit >= count || depth[unit] >= kMaxDepth)
                 throw FormatError("the KV ladder has a unit that does not exist or is too deep");
-            ++depth[unit];
+            order_of_plies.push_back({unit, depth[unit]++});
         }
+        plies_end.push_back(static_cast<uint32_t>(at));
         lay_out();
     }
     if (at != units.size() || plies.empty())
@@ -74,6 +76,8 @@ void KvLadder::set(const std::vector<uint32_t>& units, const std::vector<uint32_
     depths_ = std::move(depths);
     plies_ = std::move(starts);
     codes_ = std::move(codes);
+    order_of_plies_ = std::move(order_of_plies);
+    plies_end_ = std::move(plies_end);
 }
 
 void KvLadder::shrink(uint8_t* slot, int before, int after) const {
@@ -86,6 +90,51 @@ void KvLadder::shrink(uint8_t* slot, int before, int after) const {
         move(from.codes[first / 2], to.codes[first / 2], 2 * groups_ * kPageTokens);
         for (int unit = first; unit < first + of_head; ++unit)
             move(from.plies[unit], to.plies[unit], to.depths[unit] * kUnitPly);
+    }
+}
+
+uint64_t KvLadder::code_bytes() const { return static_cast<uint64_t>(units_ / 2) * kPageTokens; }
+
+uint64_t KvLadder::split_bytes(int rungs) const {
+    if (rungs == 0) return 0;
+    return code_bytes() + static_cast<uint64_t>(plies_end_[static_cast<size_t>(rungs)]) * kUnitPly;
+}
+
+void KvLadder::split(const uint8_t* slot, int rungs, uint8_t* out) const {
+    const SlotMap from = map(rungs);
+    const auto take = [&](uint32_t begin, int size) {
+        std::memcpy(out, slot + begin, static_cast<size_t>(size));
+        out += size;
+    };
+    for (int first = 0; first < units_; first += 4 * groups_)
+        take(from.codes[first / 2], 2 * groups_ * kPageTokens);
+    for (size_t i = 0; i < plies_end_[static_cast<size_t>(rungs)]; ++i) {
+        const Ply ply = order_of_plies_[i];
+        take(from.plies[ply.unit] + ply.before * kUnitPly, kUnitPly);
+    }
+}
+
+void KvLadder::join(uint8_t* slot, int before, int after, const uint8_t* bytes) const {
+    const SlotMap from = map(before), to = map(after);
+    const int of_head = 4 * groups_, codes = 2 * groups_ * kPageTokens;
+    const auto put = [&](uint32_t begin, int size) {
+        std::memcpy(slot + begin, bytes, static_cast<size_t>(size));
+        bytes += size;
+    };
+    // From the end, since everything moves towards it.
+    for (int first = units_ - of_head; before > 0 && first >= 0; first -= of_head) {
+        for (int unit = first + of_head - 1; unit >= first; --unit)
+            std::memmove(slot + to.plies[unit], slot + from.plies[unit],
+                         static_cast<size_t>(from.depths[unit]) * kUnitPly);
+        std::memmove(slot + to.codes[first / 2], slot + from.codes[first / 2],
+                     static_cast<size_t>(codes));
+    }
+    for (int first = 0; before == 0 && first < units_; first += of_head)
+        put(to.codes[first / 2], codes);
+    for (size_t i = plies_end_[static_cast<size_t>(before)];
+         i < plies_end_[static_cast<size_t>(after)]; ++i) {
+        const Ply ply = order_of_plies_[i];
+        put(to.plies[ply.unit] + ply.before * kUnitPly, kUnitPly);
     }
 }
 
@@ -123,6 +172,7 @@ Turn KvLadder::turn(int layer, int head, bool value) const {
 
 uint64_t KvLadder::table_bytes() const {
     return ends_.capacity() * 8 + depths_.capacity() + (plies_.capacity() + codes_.capacity()) * 4 +
+           order_of_plies_.capacity() * sizeof(Ply) + plies_end_.capacity() * 4 +
            thresholds_.capacity() * 4 +
            (mean_.capacity() + scale_.capacity() + inverse_.capacity()) * 4 + order_.capacity() * 2;
 }

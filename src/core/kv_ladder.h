@@ -5,7 +5,11 @@
 // a page. Two neighbours are a group, and share a scale for each token. In the slot of a page lies
 // together what a head has: the codes of the scales of its keys and of its values, then unit after
 // unit, ply after ply. With fewer rungs everything moves together: a rung is given up by copying
-// what stays to its new place, which is never behind the old one.
+// what stays to its new place, which is never behind the old one, and added the other way round.
+//
+// On its way to disk and back a page is in rungs instead (docs/parking.md): the codes of all
+// scales, then the plies in the order of the ladder. So its first bytes are the same page with
+// fewer rungs.
 #pragma once
 
 #include <cstdint>
@@ -47,11 +51,19 @@ class KvLadder {
     }
     // Takes the last rungs of a slot: from `before` to `after`. The end of the slot is free then.
     void shrink(uint8_t* slot, int before, int after) const;
+    // Bytes of a page in rungs, with the first `rungs` of them.
+    uint64_t split_bytes(int rungs) const;
+    // Writes all of a slot of so many rungs in rungs: split_bytes(rungs).
+    void split(const uint8_t* slot, int rungs, uint8_t* out) const;
+    // Adds rungs to a slot that has `before`, of which it may have none, and has `after` then: from
+    // what they have of a page in rungs, split_bytes(after) - split_bytes(before) bytes.
+    void join(uint8_t* slot, int before, int after, const uint8_t* bytes) const;
     const float* thresholds() const { return thresholds_.data(); }
     Turn turn(int layer, int head, bool value) const;
     uint64_t table_bytes() const;
 
   private:
+    uint64_t code_bytes() const;
     size_t turn_at(int layer, int head, bool value) const {
         return (static_cast<size_t>(layer * kv_heads_ + head) * 2 + (value ? 1 : 0)) *
                static_cast<size_t>(head_dim_);
@@ -60,7 +72,12 @@ class KvLadder {
     std::vector<uint64_t> ends_;
     std::vector<uint8_t> depths_;
     std::vector<uint32_t> plies_, codes_;  // of each number of rungs, see SlotMap
-    std::vector<float> thresholds_;        // [256]: as a heap, 1 its root
+    struct Ply {
+        uint32_t unit, before;  // how many plies of the unit come before it
+    };
+    std::vector<Ply> order_of_plies_;  // in ladder order
+    std::vector<uint32_t> plies_end_;  // of each number of rungs: where its plies end in that order
+    std::vector<float> thresholds_;    // [256]: as a heap, 1 its root
     std::vector<float> mean_, scale_, inverse_;
     std::vector<uint16_t> order_;
     std::vector<bool> turned_;

@@ -174,12 +174,17 @@ class Executor:
         """Count one user less; a page without users is free."""
     def trim_kv(self) -> int:
         """Give the memory of unused pages back; returns its bytes."""
-    def page_form(self, seq: int, page: int) -> tuple[int, int]:
-        """Rungs (0: exact) and bytes of a page of a sequence, as `take_page` gives it."""
-    def take_page(self, seq: int, page: int, into: npt.NDArray[np.uint8]) -> None:
-        """Copy a page of a sequence, uint8 [its bytes]."""
+    @property
+    def kv_stored_bytes(self) -> list[int]:
+        """Bytes of a page as it is taken: exact, and with 1, 2, ... rungs."""
+    def take_page(self, page: int, into: npt.NDArray[np.uint8]) -> None:
+        """Copy a page that is in use: as it is if it is exact, otherwise rung after rung, so that
+        its first bytes are the page with fewer rungs (docs/parking.md)."""
     def put_page(self, seq: int, tokens: int, from_: npt.NDArray[np.uint8], rungs: int = 0) -> None:
         """Append a page that was taken, with the first `tokens` of its tokens."""
+    def deepen_page(self, page: int, from_: npt.NDArray[np.uint8], rungs: int) -> None:
+        """Add rungs to a coded page with one user, up to `rungs` and the level: what follows in
+        the page that was taken."""
     @overload
     def step(
         self,

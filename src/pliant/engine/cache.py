@@ -17,10 +17,11 @@ from enum import Enum
 
 import numpy as np
 
-from pliant.engine.parking import Page, Parked
+from pliant.engine.parked_page import Page
+from pliant.engine.parking import Parked
 from pliant.engine.prefixes import Prefixes
 from pliant.engine.seam import Executor
-from pliant.errors import ChecksumError, EngineError
+from pliant.errors import EngineError, PackError
 from pliant.memory.plan import PackSizes, Plan
 
 __all__ = ["Cache", "CacheFull", "Keep", "ParkedLost", "Rank"]
@@ -85,6 +86,7 @@ class Cache:
         self.prefixes = Prefixes(executor.drop_pages)
         self._executor = executor
         self._sizes = sizes
+        self._stored = executor.kv_stored_bytes
         self._entries: dict[int, _Entry] = {}
         self._clock = 0
 
@@ -119,9 +121,12 @@ class Cache:
         entry = self._entries[sequence]
         if entry.parked is None:
             length = self._executor.truncate(sequence, length)
-        elif length == 0:
-            entry.parked.close()
-            entry.parked = None
+        else:
+            if length % self.page_tokens and entry.parked.rungs(length // self.page_tokens):
+                length -= length % self.page_tokens
+            if length == 0:
+                entry.parked.close()
+                entry.parked = None
         entry.length = length
         return length
 
@@ -415,15 +420,16 @@ class Cache:
             self._empty(sequence)
             return
 
-        def pages() -> Iterator[tuple[int, Page]]:
-            for page in range(self._sizes.pages(entry.length)):
-                rungs, size = self._executor.page_form(sequence, page)
-                buffer = np.empty(size, np.uint8)
-                self._executor.take_page(sequence, page, buffer)
-                yield rungs, buffer
+        numbers = self._executor.pages(sequence)
+
+        def pages() -> Iterator[tuple[int, int, Page]]:
+            left = entry.length
+            for number in numbers:
+                yield min(left, self.page_tokens), *self._take(number)
+                left -= self.page_tokens
 
         try:
-            entry.parked = Parked(pages(), entry.length)
+            entry.parked = Parked(pages(), self._stored)
         except (OSError, EngineError) as error:
             if answer:
                 self._empty(sequence)
@@ -438,6 +444,13 @@ class Cache:
         self.prefixes.release(entry.keys)
         entry.known, entry.keys = entry.keys, []
 
+    def _take(self, page: int) -> tuple[int, Page]:
+        """The rungs of a page, and its bytes as they are stored."""
+        rungs = self._executor.page_rungs([page])[0]
+        data = np.empty(self._stored[rungs], np.uint8)
+        self._executor.take_page(page, data)
+        return rungs, data
+
     def _empty(self, sequence: int) -> None:
         entry = self._entries[sequence]
         if entry.parked is not None:
@@ -450,13 +463,14 @@ class Cache:
     def _bring_back(self, sequence: int, entry: _Entry) -> None:
         parked, entry.parked = entry.parked, None
         assert parked is not None
-        tokens = self._sizes.kv_page_tokens
         try:
-            for page in range(len(entry.keys), self._sizes.pages(entry.length)):
-                rungs, data = parked.read(page)
-                count = min(tokens, entry.length - page * tokens)
-                self._executor.put_page(sequence, count, data, rungs)
-        except (OSError, ChecksumError) as error:
+            for number in range(len(entry.keys), self._sizes.pages(entry.length)):
+                page = parked.page(number)
+                tokens = min(page.tokens, entry.length - number * self.page_tokens)
+                # Where the level has fallen meanwhile, only what it allows is read.
+                rungs = min(page.rungs, self.level)
+                self._executor.put_page(sequence, tokens, page.read(rungs), rungs)
+        except (OSError, PackError) as error:
             self._empty(sequence)
             raise ParkedLost(sequence, error) from error
         finally:

@@ -1,25 +1,21 @@
 """KV pages of an idle session or answer on disk, until it goes on.
 
-Each has a file of its own, which has no name: nobody else can open it, and it is gone when
-it is closed or the process ends, however that happens. It holds page after page as the core has
-them in memory, each followed by its CRC-32 in 4 bytes, little-endian.
+Each has a file of its own, which has no name: nobody else can open it, and it is gone when it is
+closed or the process ends, however that happens. It holds page after page (docs/parking.md).
 """
 
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from pliant.errors import ChecksumError, EngineError
+from pliant.engine.parked_page import Label, Page, ParkedPage, header_bytes, write_page
+from pliant.errors import EngineError
 
 __all__ = ["Parked", "parking_folder"]
 
-Page = npt.NDArray[np.uint8]
+_NO_LABEL = Label()
 
 
 def parking_folder() -> Path:
@@ -34,49 +30,35 @@ def parking_folder() -> Path:
 class Parked:
     """The pages of one sequence."""
 
-    __slots__ = ("_descriptor", "_places", "tokens")
+    __slots__ = ("_descriptor", "_places", "_stored", "bytes")
 
-    def __init__(self, pages: Iterator[tuple[int, Page]], tokens: int) -> None:
-        """Write pages, each with its rungs (0: exact), which hold `tokens` tokens; OSError if it
-        fails."""
-        folder = parking_folder()
-        self._descriptor = _nameless(folder)
-        self._places: list[tuple[int, int]] = []  # rungs, and where the page ends
-        self.tokens = tokens
+    def __init__(self, pages: Iterator[tuple[int, int, Page]], stored: Sequence[int]) -> None:
+        """Write pages, each with the tokens in it and its rungs (0: exact); `stored` as in
+        `pliant.engine.parked_page`. OSError if it fails."""
+        self._descriptor = _nameless(parking_folder())
+        self._stored = stored
+        self._places: list[tuple[int, int]] = []  # where each page begins, and its rungs
+        self.bytes = 0
+        """Size of the file."""
         try:
-            for rungs, page in pages:
-                check = zlib.crc32(page.data).to_bytes(4, "little")
-                left = [page.data, memoryview(check)]
-                while left:
-                    done = os.writev(self._descriptor, left)
-                    while left and done >= len(left[0]):
-                        done -= len(left.pop(0))
-                    if left:
-                        left[0] = left[0][done:]
-                self._places.append((rungs, self.bytes + len(page) + 4))
+            for tokens, rungs, data in pages:
+                write_page(self._descriptor, _NO_LABEL, stored, tokens, rungs, data)
+                self._places.append((self.bytes, rungs))
+                self.bytes += header_bytes(rungs) + len(data)
         except BaseException:
             self.close()
             raise
 
-    @property
-    def pages(self) -> int:
-        """How many there are."""
+    def __len__(self) -> int:
         return len(self._places)
 
-    @property
-    def bytes(self) -> int:
-        """Size of the file."""
-        return self._places[-1][1] if self._places else 0
+    def rungs(self, number: int) -> int:
+        """The rungs of a page."""
+        return self._places[number][1]
 
-    def read(self, page: int) -> tuple[int, Page]:
-        """The rungs of a page, and its bytes. OSError, or ChecksumError if it is damaged."""
-        rungs, end = self._places[page]
-        begin = self._places[page - 1][1] if page else 0
-        check, data = bytearray(4), np.empty(end - begin - 4, np.uint8)
-        got = os.preadv(self._descriptor, [data.data, check], begin)
-        if got != end - begin or zlib.crc32(data.data) != int.from_bytes(check, "little"):
-            raise ChecksumError(f"page {page} of what was parked is not as it was written")
-        return rungs, data
+    def page(self, number: int) -> ParkedPage:
+        """A page, whose bytes are not read yet. FormatError if its header is damaged, OSError."""
+        return ParkedPage(self._descriptor, self._places[number][0], _NO_LABEL, self._stored)
 
     def close(self) -> None:
         """Delete the file."""

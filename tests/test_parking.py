@@ -1,0 +1,260 @@
+"""Parked pages: the format as docs/parking.md says it, rung by rung, and files that are not so."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from packs import write_random_pack
+from pliant import _core
+from pliant.engine.parked_page import Label, ParkedPage, header_bytes, part_sizes, write_page
+from pliant.engine.parking import Parked
+from pliant.errors import ChecksumError, FormatError, UsageError
+from pliant.store import Pack
+from test_executor import some_ids
+from test_kv import PAGE, SHAPES, coded, feed, page
+
+STORED = (640, 100, 170, 230, 300)
+LABEL = Label(bytes(range(16)), bytes(range(16, 32)), 5 << 16 | 3)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_pack(
+        tmp_path_factory.mktemp("parking") / "pack", least=4, seed=3, **SHAPES[request.param]
+    )
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+# --- rungs of a page, out of a slot and into one
+
+
+def test_what_is_stored_is_what_the_document_says(path: Path) -> None:
+    """The codes of all scales, then ply after ply as the ladder has them, found in the slot by its
+    own rule: head after head, unit after unit."""
+    pack, executor = Pack.open(path), coded(path)
+    model, kv = pack.manifest.model, pack.manifest.kv
+    assert kv is not None
+    groups, heads = -(-model.head_dim // 64), model.layers * model.kv_heads
+    sequence = executor.open_sequence()
+    feed(executor, sequence, some_ids(model.vocab, 40), [40])
+    codes = heads * 2 * groups * PAGE
+    plies = np.cumsum(kv.rungs)
+    assert executor.kv_stored_bytes == [
+        executor.kv_page_bytes, *(codes + 128 * plies).tolist()
+    ]  # fmt: skip
+    whole = page(executor, sequence, 0)
+    for level in range(len(plies), 0, -1):
+        executor.set_kv_level(level)
+        assert page(executor, sequence, 0) == whole[: codes + 128 * plies[level - 1]]
+
+
+def test_a_page_with_fewer_rungs_is_the_beginning_of_it(path: Path) -> None:
+    """Joined from the first rungs, in one go or one by one: bit by bit what `shallow` leaves."""
+    executor = coded(path)
+    sequence = executor.open_sequence()
+    feed(executor, sequence, some_ids(Pack.open(path).manifest.model.vocab, 40), [40])
+    whole = np.frombuffer(page(executor, sequence, 0), np.uint8)
+    stored = executor.kv_stored_bytes
+    most = len(stored) - 1
+    ids = np.array([1], np.int32)
+    for first in range(1, most + 1):
+        one = executor.open_sequence()
+        executor.put_page(one, PAGE, whole[: stored[first]], first)
+        assert page(executor, one, 0) == whole[: stored[first]].tobytes()
+        number = executor.pages(one)[0]
+        for last in range(first + 1, most + 1):
+            executor.deepen_page(number, whole[stored[last - 1] : stored[last]], last)
+            assert page(executor, one, 0) == whole[: stored[last]].tobytes()
+        executor.shallow(number, first)
+        if first < most:
+            executor.deepen_page(number, whole[stored[first] :], most)
+        assert page(executor, one, 0) == whole.tobytes()
+        executor.shallow(number, 2)
+        other = executor.open_sequence()
+        executor.put_page(other, PAGE, whole[: stored[min(2, first)]], min(2, first))
+        if first > 1:
+            logits = [executor.step([s], [1], ids, [1]) for s in (one, other)]
+            np.testing.assert_array_equal(logits[0], logits[1])
+        executor.close_sequence(one)
+        executor.close_sequence(other)
+
+
+def test_pages_do_not_get_what_they_may_not_have(path: Path) -> None:
+    executor = coded(path)
+    sequence = executor.open_sequence()
+    feed(executor, sequence, some_ids(Pack.open(path).manifest.model.vocab, 40), [40])
+    stored, whole = executor.kv_stored_bytes, np.frombuffer(page(executor, sequence, 0), np.uint8)
+    executor.set_kv_level(3)
+    full, newest = executor.pages(sequence)
+    rest = whole[stored[3] : stored[4]]
+    with pytest.raises(UsageError, match="level is 3"):
+        executor.deepen_page(full, rest, 4)
+    executor.set_kv_level(5)
+    for wrong, rungs in ((rest[1:], 4), (rest, 3), (rest, 99), (rest, 5), (rest, -1)):
+        with pytest.raises(UsageError):
+            executor.deepen_page(full, wrong, rungs)
+    with pytest.raises(UsageError):
+        executor.deepen_page(newest, whole[: stored[4]], 4)
+    executor.hold_pages([full])
+    with pytest.raises(UsageError, match="2 users"):
+        executor.deepen_page(full, rest, 4)
+    executor.drop_pages([full])
+    executor.deepen_page(full, rest, 4)
+    assert page(executor, sequence, 0) == whole[: stored[4]].tobytes()
+
+
+# --- the format
+
+
+@given(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4), st.binary(max_size=30), st.data())
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pages_come_back_with_any_number_of_rungs(
+    folder: Path, rungs: int, first: int, last: int, before: bytes, data: Any
+) -> None:
+    tokens = 32 if rungs else data.draw(st.integers(1, 32))
+    label = LABEL if tokens == 32 and data.draw(st.booleans()) else Label(LABEL.origin)
+    content = np.random.default_rng(rungs).integers(0, 256, STORED[rungs], dtype=np.uint8)
+    with (folder / "page").open("w+b") as file:
+        number = file.fileno()
+        os.write(number, before)
+        write_page(number, label, STORED, tokens, rungs, content)
+        found = ParkedPage(number, len(before), label, STORED)
+        assert (found.rungs, found.tokens) == (rungs, tokens)
+        assert found.bytes == header_bytes(rungs) + STORED[rungs]
+        assert file.seek(0, os.SEEK_END) == len(before) + found.bytes
+        assert np.array_equal(found.read(), content)
+        if rungs:
+            above, most = sorted((first, last))
+            ends = (0, *STORED[1:])
+            part = found.read(most, above=above) if above < rungs else np.empty(0, np.uint8)
+            assert np.array_equal(part, content[ends[above] : ends[min(most, rungs)]])
+
+
+def test_the_header_is_that_of_the_document(folder: Path) -> None:
+    content = np.arange(170, dtype=np.uint8)
+    with (folder / "page").open("w+b") as file:
+        write_page(file.fileno(), LABEL, STORED, 32, 2, content)
+    head = (folder / "page").read_bytes()
+    assert head[:60] == (
+        b"PLIANTKV" + struct.pack("<II", 1, 2) + LABEL.origin + LABEL.key
+        + struct.pack("<QI", LABEL.state, 32)
+    )  # fmt: skip
+    crcs = [zlib.crc32(content[:100]), zlib.crc32(content[100:])]
+    assert head[60:76] == struct.pack("<IIII", 100, crcs[0], 70, crcs[1])
+    assert head[76:80] == struct.pack("<I", zlib.crc32(head[:76]))
+    assert head[80:] == content.tobytes()
+    assert part_sizes(STORED, 2) == [100, 70]
+
+
+def changed(at: int, value: bytes, *, signed: bool = True) -> Any:
+    """Writes `value` over a page of 3 rungs, and makes the check of its header right."""
+
+    def change(data: bytearray) -> bytearray:
+        data[at : at + len(value)] = value
+        if signed and at < 84:
+            data[84:88] = struct.pack("<I", zlib.crc32(data[:84]))
+        return data
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed(0, b"PLIANTKW"), "no parked page"),
+        (changed(8, b"\2"), "version is 2"),
+        (changed(12, struct.pack("<I", 5)), "5 rungs"),
+        (changed(12, struct.pack("<I", 2**32 - 1)), "4294967295 rungs"),
+        (changed(12, struct.pack("<I", 2)), "header"),
+        (changed(16, b"x"), "another pack"),
+        (changed(32, b"x"), "another pack"),
+        (changed(48, b"x"), "another pack"),
+        (changed(56, b"\0"), "tokens"),
+        (changed(56, b"\37"), "tokens"),
+        (changed(56, b"\41"), "tokens"),
+        (changed(60, struct.pack("<I", 2**31)), "size"),
+        (changed(68, struct.pack("<I", 71)), "size"),
+        (changed(70, b"x", signed=False), "header"),
+        (lambda data: data[:50], "ends"),
+        (lambda data: data[:80], "header"),
+        (lambda data: data[:0], "ends"),
+    ],
+    ids=itertools.count(),
+)
+def test_headers_that_are_not_so_are_refused(folder: Path, change: Any, message: str) -> None:
+    with (folder / "page").open("w+b") as file:
+        write_page(file.fileno(), LABEL, STORED, 32, 3, np.zeros(230, np.uint8))
+    (folder / "page").write_bytes(change(bytearray((folder / "page").read_bytes())))
+    with (folder / "page").open("rb") as file, pytest.raises(FormatError, match=message):
+        ParkedPage(file.fileno(), 0, LABEL, STORED)
+
+
+def test_damage_is_noticed_in_the_rung_that_has_it(folder: Path) -> None:
+    content = np.arange(230, dtype=np.uint8)
+    with (folder / "page").open("w+b") as file:
+        write_page(file.fileno(), LABEL, STORED, 32, 3, content)
+        os.pwrite(file.fileno(), b"\xff", header_bytes(3) + 120)
+        found = ParkedPage(file.fileno(), 0, LABEL, STORED)
+        assert np.array_equal(found.read(1), content[:100])
+        assert np.array_equal(found.read(3, above=2), content[170:])
+        for most, above in ((2, 0), (3, 0), (2, 1)):
+            with pytest.raises(ChecksumError):
+                found.read(most, above=above)
+        os.ftruncate(file.fileno(), header_bytes(3) + 229)
+        with pytest.raises(ChecksumError):
+            found.read(3, above=2)
+
+
+@given(st.binary(max_size=200))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_refused(folder: Path, data: bytes) -> None:
+    (folder / "page").write_bytes(data)
+    with (folder / "page").open("rb") as file, pytest.raises(FormatError):
+        ParkedPage(file.fileno(), 0, LABEL, STORED)
+
+
+# --- sessions
+
+
+def test_a_session_is_page_after_page(folder: Path) -> None:
+    pages = [np.full(size, number, np.uint8) for number, size in enumerate((230, 170, 640))]
+    parked = Parked(iter([(32, 3, pages[0]), (32, 2, pages[1]), (7, 0, pages[2])]), STORED)
+    assert not list(folder.iterdir())
+    assert len(parked) == 3
+    assert parked.bytes == 230 + 170 + 640 + sum(map(header_bytes, (3, 2, 0)))
+    for number, (rungs, tokens) in enumerate(((3, 32), (2, 32), (0, 7))):
+        found = parked.page(number)
+        assert (found.rungs, found.tokens) == (rungs, tokens)
+        assert np.array_equal(found.read(), pages[number])
+    os.pwrite(parked._descriptor, b"\xff", 5)
+    with pytest.raises(FormatError):
+        parked.page(0)
+    with pytest.raises(IndexError):
+        parked.page(3)
+    parked.close()
+
+
+def test_the_core_gives_exact_pages_as_they_are(path: Path) -> None:
+    executor: _core.Executor = coded(path)
+    sequence = executor.open_sequence()
+    feed(executor, sequence, [1] * 20, [20])
+    newest = page(executor, sequence, 0)
+    assert len(newest) == executor.kv_page_bytes == executor.kv_stored_bytes[0]
+    other = executor.open_sequence()
+    executor.put_page(other, 20, np.frombuffer(newest, np.uint8))
+    assert page(executor, other, 0) == newest
