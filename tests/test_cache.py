@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import pliant
 from pliant.engine.cache import Cache, CacheFull, Keep
+from pliant.engine.page_folder import PageFolder
+from pliant.engine.park import Park
 from pliant.engine.prefixes import page_keys
 from pliant.memory.plan import Plan
 from tiny import write_tiny_pack
@@ -74,6 +76,8 @@ class Player:
                 self.cache.close(sequence)
             else:
                 self.answers[sequence] = ids
+                self.cache.fetch(sequence, keys, 1.0)
+                self.read(sequence, ids)
         elif name == "limit":
             context, least, tails = self.cache.needs(values[1])
             least += tails * self.cache.tail
@@ -152,15 +156,23 @@ class Player:
         assert least <= answers <= self.cache.needs(Keep.SESSIONS)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, model: pliant.Model) -> PageFolder:
+    path = tmp_path_factory.mktemp("pages") / "pages"
+    return PageFolder(path, 2**20, bytes(16), model._executor.kv_stored_bytes)
+
+
+@pytest.mark.parametrize("parks", [False, True])
 @given(st.lists(ACTIONS, max_size=40))
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_no_page_too_many_and_none_lost(
-    model: pliant.Model, actions: list[tuple[Any, ...]]
+    model: pliant.Model, folder: PageFolder, parks: bool, actions: list[tuple[Any, ...]]
 ) -> None:
     with model._turn():
-        cache = Cache(model._executor, model._sizes, limits(model, 512, PAGES))
+        park = Park(model._executor, folder if parks else None)
+        cache = Cache(model._executor, model._sizes, limits(model, 512, PAGES), park)
         player = Player(model, cache)
         for action in actions:
             player.play(action)

@@ -24,7 +24,7 @@ from test_executor import some_ids
 from test_kv import PAGE, SHAPES, coded, feed, page
 
 STORED = (640, 100, 170, 230, 300)
-LABEL = Label(bytes(range(16)), bytes(range(16, 32)), 5 << 16 | 3)
+LABEL = Label(bytes(range(16)), bytes(range(16, 32)))
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -150,14 +150,13 @@ def test_the_header_is_that_of_the_document(folder: Path) -> None:
     with (folder / "page").open("w+b") as file:
         write_page(file.fileno(), LABEL, STORED, 32, 2, content)
     head = (folder / "page").read_bytes()
-    assert head[:60] == (
-        b"PLIANTKV" + struct.pack("<II", 1, 2) + LABEL.origin + LABEL.key
-        + struct.pack("<QI", LABEL.state, 32)
-    )  # fmt: skip
+    assert head[:52] == (
+        b"PLIANTKV" + struct.pack("<II", 1, 2) + LABEL.origin + LABEL.key + struct.pack("<I", 32)
+    )
     crcs = [zlib.crc32(content[:100]), zlib.crc32(content[100:])]
-    assert head[60:76] == struct.pack("<IIII", 100, crcs[0], 70, crcs[1])
-    assert head[76:80] == struct.pack("<I", zlib.crc32(head[:76]))
-    assert head[80:] == content.tobytes()
+    assert head[52:68] == struct.pack("<IIII", 100, crcs[0], 70, crcs[1])
+    assert head[68:72] == struct.pack("<I", zlib.crc32(head[:68]))
+    assert head[72:] == content.tobytes()
     assert part_sizes(STORED, 2) == [100, 70]
 
 
@@ -166,8 +165,8 @@ def changed(at: int, value: bytes, *, signed: bool = True) -> Any:
 
     def change(data: bytearray) -> bytearray:
         data[at : at + len(value)] = value
-        if signed and at < 84:
-            data[84:88] = struct.pack("<I", zlib.crc32(data[:84]))
+        if signed:
+            data[76:80] = struct.pack("<I", zlib.crc32(data[:76]))
         return data
 
     return change
@@ -183,15 +182,14 @@ def changed(at: int, value: bytes, *, signed: bool = True) -> Any:
         (changed(12, struct.pack("<I", 2)), "header"),
         (changed(16, b"x"), "another pack"),
         (changed(32, b"x"), "another pack"),
-        (changed(48, b"x"), "another pack"),
-        (changed(56, b"\0"), "tokens"),
-        (changed(56, b"\37"), "tokens"),
-        (changed(56, b"\41"), "tokens"),
-        (changed(60, struct.pack("<I", 2**31)), "size"),
-        (changed(68, struct.pack("<I", 71)), "size"),
-        (changed(70, b"x", signed=False), "header"),
+        (changed(48, b"\0"), "tokens"),
+        (changed(48, b"\37"), "tokens"),
+        (changed(48, b"\41"), "tokens"),
+        (changed(52, struct.pack("<I", 2**31)), "size"),
+        (changed(60, struct.pack("<I", 71)), "size"),
+        (changed(62, b"x", signed=False), "header"),
         (lambda data: data[:50], "ends"),
-        (lambda data: data[:80], "header"),
+        (lambda data: data[:70], "header"),
         (lambda data: data[:0], "ends"),
     ],
     ids=itertools.count(),

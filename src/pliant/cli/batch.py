@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from pliant.cli.common import add_engine_options, add_limits, print_json, say
+from pliant.cli.common import add_engine_options, add_limits, add_park_options, print_json, say
 from pliant.cli.serve import add_serving_options, settings
 
 _EVERY = 10.0  # seconds between lines of progress that no terminal shows
@@ -27,6 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print a summary as one JSON object")
     add_limits(parser, sessions=True)
     add_serving_options(parser)
+    add_park_options(parser)
     add_engine_options(parser)
     parser.set_defaults(run=run)
 

@@ -15,6 +15,7 @@ __all__ = [
     "add_engine_options",
     "add_json_option",
     "add_limits",
+    "add_park_options",
     "add_size_options",
     "load_options",
     "memory_option",
@@ -145,6 +146,23 @@ def add_size_options(parser: argparse.ArgumentParser, *, memory: str, weights: s
         )
 
 
+def add_park_options(parser: argparse.ArgumentParser) -> None:
+    """--park and --park-limit."""
+    group = parser.add_argument_group("parking")
+    group.add_argument(
+        "--park",
+        metavar="DIR",
+        help="keep KV pages there that leave memory: what prompts begin with is read instead of "
+        "computed where that is faster, also after a restart",
+    )
+    group.add_argument(
+        "--park-limit",
+        metavar="SIZE",
+        type=size_option,
+        help="most that may be there; what was used longest ago goes first (default: 4GiB)",
+    )
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """--threads and --isa."""
     group = parser.add_argument_group("engine")
@@ -171,7 +189,7 @@ def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `pliant.load` that these options stand for."""
     names = (
         *("memory", "keep_free", "weights", "context", "sessions", "min_bits", "max_kl"),
-        *("kv_bits", "kv_floor", "threads", "isa"),
+        *("kv_bits", "kv_floor", "threads", "isa", "park", "park_limit"),
     )
     return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 

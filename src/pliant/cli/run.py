@@ -13,6 +13,7 @@ from pliant.cli.common import (
     add_engine_options,
     add_json_option,
     add_limits,
+    add_park_options,
     load_options,
     print_json,
     quality_text,
@@ -110,6 +111,7 @@ def add_parser(commands: Any) -> None:
         default=0.0,
         help="weakens tokens of the answer, for each time (default: 0)",
     )
+    add_park_options(parser)
     add_engine_options(parser)
     parser.set_defaults(run=run)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pliant.cli.common import (
     add_engine_options,
     add_limits,
+    add_park_options,
     load_options,
     natural,
     print_json,
@@ -66,6 +67,7 @@ def add_parser(commands: Any) -> None:
         default="info",
         help="what is logged, as lines of JSON on standard error (default: info)",
     )
+    add_park_options(parser)
     add_engine_options(parser)
     parser.set_defaults(run=run)
 

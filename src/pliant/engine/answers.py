@@ -131,6 +131,10 @@ class Answer:
     """How many pages, from the first on, others may use too."""
     begun: bool = False
     """Whether it ever had a place."""
+    again: bool = False
+    """Whether what it had was given up once."""
+    fetching: bool = False
+    """Whether what follows may be parked in a folder, and was not looked for yet."""
     # Of its text:
     stops: Stops = field(init=False)
     stream: TokenStream | None = None

@@ -12,12 +12,11 @@ as sessions are, keeps its claim on the context, and goes on later with what it 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 
-import numpy as np
-
-from pliant.engine.parked_page import Page
+from pliant.engine.park import Park
 from pliant.engine.parking import Parked
 from pliant.engine.prefixes import Prefixes
 from pliant.engine.seam import Executor
@@ -55,18 +54,19 @@ class Keep(Enum):
 
 
 class _Entry:
-    __slots__ = ("claim", "keys", "known", "length", "parked", "promised", "rank", "used")
+    __slots__ = ("claim", "keys", "known", "length", "parked", "promised", "rank", "state", "used")
 
     def __init__(self) -> None:
         self.length = 0
         self.promised: int | None = None  # tokens in all; None: idle
         self.parked: Parked | None = None
         self.used = 0
+        self.state = -1  # in which all of it was computed; -1: there is none
+        self.keys: list[bytes] = []  # its first pages, which others may use too
+        self.known: list[bytes] = []  # the same while it is parked, when they may have gone
         # Of an answer:
         self.rank: Rank | None = None  # None: a session
         self.claim = 0  # tokens that it may have in the end
-        self.keys: list[bytes] = []  # its first pages, which others may use too
-        self.known: list[bytes] = []  # the same while it is parked, when they may have gone
 
 
 class Cache:
@@ -74,19 +74,28 @@ class Cache:
 
     context, pages: the most tokens of one sequence, and the most pages of all, as planned. If full
     pages are coded, these are pages of the level that holds now, and the newest page of a sequence,
-    which is exact, counts as `tail` more.
+    which is exact, counts as `tail` more. `park`: the way to disk and back.
     """
 
-    def __init__(self, executor: Executor, sizes: PackSizes, plan: Plan) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        sizes: PackSizes,
+        plan: Plan,
+        park: Park | None = None,
+        state: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`state`: `Depth.state` of the steps that are made now."""
         self.context = plan.context
         self.pages = plan.kv_pages
         self.tail = plan.kv_tail
         self.level = plan.kv_level
         self.page_tokens = sizes.kv_page_tokens
-        self.prefixes = Prefixes(executor.drop_pages)
+        self.park = park or Park(executor)
+        self.prefixes = Prefixes(executor.drop_pages, self.park.keep)
         self._executor = executor
+        self._state = state
         self._sizes = sizes
-        self._stored = executor.kv_stored_bytes
         self._entries: dict[int, _Entry] = {}
         self._clock = 0
 
@@ -107,28 +116,70 @@ class Cache:
         self.prefixes.release(entry.keys)
 
     def close_all(self) -> None:
-        """Delete what is parked; the executor goes away with everything else."""
+        """Delete what is parked, and keep for later what can be; the executor goes away with
+        everything else."""
         for entry in self._entries.values():
             if entry.parked is not None:
                 entry.parked.close()
+            self.prefixes.release(entry.keys)
         self._entries.clear()
+        self.forget()
 
     def truncate(self, sequence: int, length: int) -> int:
-        """Forget the tokens of a session from `length` on; inside a coded page, all of that page.
+        """Forget the tokens of a session from `length` on; inside a page that is coded or that
+        others may use, all of that page.
 
         Returns how many are left.
         """
         entry = self._entries[sequence]
+        if length < len(entry.keys) * self.page_tokens:
+            length -= length % self.page_tokens
         if entry.parked is None:
             length = self._executor.truncate(sequence, length)
+            full = length // self.page_tokens
+            self.prefixes.release(entry.keys[full:])
+            del entry.keys[full:]
         else:
             if length % self.page_tokens and entry.parked.rungs(length // self.page_tokens):
                 length -= length % self.page_tokens
             if length == 0:
                 entry.parked.close()
                 entry.parked = None
+            del entry.known[length // self.page_tokens :]
         entry.length = length
         return length
+
+    def begin(self, sequence: int, keys: Sequence[bytes]) -> int:
+        """Let an empty sequence begin with as many of the pages `keys` as are kept in memory;
+        returns how many. `keys` are those of the state that holds now."""
+        entry = self._entries[sequence]
+        entry.keys = list(keys[: self.prefixes.count(keys)])
+        self._executor.adopt_pages(sequence, self.prefixes.acquire(entry.keys))
+        entry.length = len(entry.keys) * self.page_tokens
+        entry.state = self._state()
+        return len(entry.keys)
+
+    def fetch(self, sequence: int, keys: Sequence[bytes], seconds: float) -> int:
+        """Go on with those of the pages `keys` that follow and are parked in a folder, if reading
+        them is faster than computing; stops after so many seconds.
+
+        `keys` are those of the state that holds now, and all there is of the sequence is named by
+        the first of them. Returns how many pages came.
+        """
+        entry, tokens = self._entries[sequence], self.page_tokens
+        at, until = len(entry.keys), time.monotonic() + seconds
+        if entry.length != at * tokens:
+            return 0
+        extra = self._pages(len(keys) * tokens) - self._held(entry)
+        if extra > 0 and not self._make_room(extra, {sequence}):
+            return 0
+        count = self.park.fetch(sequence, keys[at:], self.level, until)
+        if count:
+            entry.length += count * tokens
+            entry.state = self._state()
+            self.share(sequence, keys[: at + count])
+            self.park.used(keys[: at + count])
+        return count
 
     def reserve(self, sequence: int, tokens: int) -> bool:
         """Promise room for `tokens` tokens in all, until `release`. False: not now."""
@@ -160,13 +211,10 @@ class Cache:
         entry = self._entries[sequence]
         before = entry.rank, entry.claim
         entry.rank, entry.claim = rank, max(claim, tokens)
-        entry.keys = list(keys[: self.prefixes.count(keys)])
-        self._executor.adopt_pages(sequence, self.prefixes.acquire(entry.keys))
-        entry.length = len(entry.keys) * self.page_tokens
-        found = None
+        begun, found = self.begin(sequence, keys), None
         try:
             if self.reserve(sequence, tokens):
-                found = len(entry.keys)
+                found = begun
         finally:
             if found is None:
                 self.give_way(sequence)
@@ -174,8 +222,11 @@ class Cache:
         return found
 
     def share(self, sequence: int, keys: Sequence[bytes]) -> None:
-        """Let others find the first pages of an answer, which are full; `keys` names all those."""
+        """Let others find the first pages of a sequence, which are full; `keys` names all those.
+        Nothing happens if they were not all computed in the state that holds now."""
         entry = self._entries[sequence]
+        if entry.state != self._state():
+            return
         first = len(entry.keys)
         pages = self._executor.pages(sequence)[first : len(keys)]
         self._executor.hold_pages(pages)
@@ -267,8 +318,12 @@ class Cache:
 
     def stepped(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
         """Count the tokens of a step."""
+        state = self._state()
         for sequence, count in zip(sequences, counts, strict=True):
-            self._entries[sequence].length += count
+            entry = self._entries[sequence]
+            if entry.state != state:
+                entry.state = -1 if entry.length else state
+            entry.length += count
 
     # --- limits
 
@@ -316,6 +371,8 @@ class Cache:
         before = self.pages, self.tail
         self.pages, self.tail = plan.kv_pages, plan.kv_tail
         if plan.kv_level != self.level:
+            if plan.kv_level < self.level:
+                self._unshare()
             self._executor.set_kv_level(plan.kv_level)
             self.level = plan.kv_level
         try:
@@ -420,16 +477,8 @@ class Cache:
             self._empty(sequence)
             return
 
-        numbers = self._executor.pages(sequence)
-
-        def pages() -> Iterator[tuple[int, int, Page]]:
-            left = entry.length
-            for number in numbers:
-                yield min(left, self.page_tokens), *self._take(number)
-                left -= self.page_tokens
-
         try:
-            entry.parked = Parked(pages(), self._stored)
+            entry.parked = self.park.store(sequence, entry.length)
         except (OSError, EngineError) as error:
             if answer:
                 self._empty(sequence)
@@ -444,12 +493,14 @@ class Cache:
         self.prefixes.release(entry.keys)
         entry.known, entry.keys = entry.keys, []
 
-    def _take(self, page: int) -> tuple[int, Page]:
-        """The rungs of a page, and its bytes as they are stored."""
-        rungs = self._executor.page_rungs([page])[0]
-        data = np.empty(self._stored[rungs], np.uint8)
-        self._executor.take_page(page, data)
-        return rungs, data
+    def _unshare(self) -> None:
+        """All pages lose rungs, and are not what their keys say any more."""
+        for entry in self._entries.values():
+            self.prefixes.release(entry.keys)
+            entry.keys = []
+            if entry.parked is None:
+                entry.state = -1
+        self.forget()
 
     def _empty(self, sequence: int) -> None:
         entry = self._entries[sequence]
@@ -464,16 +515,13 @@ class Cache:
         parked, entry.parked = entry.parked, None
         assert parked is not None
         try:
-            for number in range(len(entry.keys), self._sizes.pages(entry.length)):
-                page = parked.page(number)
-                tokens = min(page.tokens, entry.length - number * self.page_tokens)
-                # Where the level has fallen meanwhile, only what it allows is read.
-                rungs = min(page.rungs, self.level)
-                self._executor.put_page(sequence, tokens, page.read(rungs), rungs)
+            self.park.restore(sequence, parked, entry.length, self.level)
         except (OSError, PackError) as error:
             self._empty(sequence)
             raise ParkedLost(sequence, error) from error
         finally:
             parked.close()
+        if entry.state != self._state():
+            entry.state = -1  # it may have come back with fewer rungs
         known, entry.known = entry.known, []
         self.share(sequence, known)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pliant.errors import UsageError
@@ -54,6 +55,7 @@ class BudgetControl:
             "in_flight": report.in_flight,
             "parked": report.parked,
             "parked_bytes": report.parked_bytes,
+            "park": asdict(report.park),
             "growing": change is not None and not change.done,
             "failed": None if change is None or change.error is None else str(change.error),
             "total": report.total,

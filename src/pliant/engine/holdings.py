@@ -10,6 +10,8 @@ from dataclasses import replace
 from pliant.engine.build import RungFiles
 from pliant.engine.cache import Cache, Keep
 from pliant.engine.kinds import Depth
+from pliant.engine.page_folder import PageFolder
+from pliant.engine.park import Park
 from pliant.engine.seam import Executor
 from pliant.engine.turns import Turns
 from pliant.engine.weights import Weights
@@ -21,6 +23,9 @@ from pliant.memory.plan import MOST_KL, PackSizes, Plan, Wish, make_plan, smalle
 __all__ = ["Change", "Fixed", "Holdings"]
 
 Fixed = tuple[tuple[str, int], ...]
+
+_PARKING = 0.02
+"""Seconds that a change of the budget may take to write pages that it gives up."""
 
 _RESERVED = ("logits", "margin", "weights", "kv")  # not in memory at first
 
@@ -109,13 +114,16 @@ class Holdings:
         fixed: Fixed,
         wish: Wish,
         moved: Callable[[], None] = lambda: None,
+        folder: PageFolder | None = None,
     ) -> None:
-        """`moved` is called after each change of the limits: there may be more room."""
+        """`moved` is called after each change of the limits: there may be more room. `folder`:
+        where pages that are given up stay for later."""
         self.plan: Plan = make_plan(sizes, fixed, wish)
         self.wish = wish
         self.ledger = Ledger(self._total(wish, self.plan))
         self.weights = Weights(executor, files, sizes, turns)
-        self.cache = Cache(executor, sizes, self.plan)
+        park = Park(executor, folder)
+        self.cache = Cache(executor, sizes, self.plan, park, lambda: self.depth.state)
         self.change: Change | None = None
         """The newest change."""
         self._executor = executor
@@ -178,7 +186,7 @@ class Holdings:
         kept prefixes are dropped, idle sessions parked, answers have given way if they must, and
         the kernel has the memory. `check` is called first.
         """
-        with self._turns.next(hurry=True):
+        with self._turns.next(hurry=True), self.cache.park.hurried(_PARKING):
             check()
             plan = self._best(wish)
             grows = plan.rungs > self.weights.depth.rungs
@@ -228,7 +236,7 @@ class Holdings:
         self, mine: Plan, plan: Plan, wish: Wish, *, check: Callable[[], None] | None
     ) -> bool:
         """The end of a growth to `mine`: from now on `plan` holds, unless another took over."""
-        with self._turns.next():
+        with self._turns.next(), self.cache.park.hurried(_PARKING):
             if self.plan is not mine:
                 return False
             if check is not None:

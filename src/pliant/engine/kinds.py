@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Depth", "DepthTrack", "GenerationResult", "Report"]
+__all__ = ["Depth", "DepthTrack", "GenerationResult", "ParkReport", "Report"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,29 @@ class GenerationResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParkReport:
+    """Pages of the KV cache that went to disk or were given up.
+
+    `folder` (None: there is none) takes up to `limit` bytes, and has `bytes`. Of pages that were
+    kept for reuse and had to go, `kept` are there and `lost` are not: they do not come back.
+    `broken` ones were not as they must be, and removed. For `read` pages of beginnings and sessions
+    reading was expected to be faster than computing, for `computed` ones it was not; that goes by
+    the rates that were measured: `bytes_per_second` of reading, `tokens_per_second` of prompts.
+    """
+
+    folder: str | None
+    limit: int
+    bytes: int
+    kept: int
+    lost: int
+    broken: int
+    read: int
+    computed: int
+    bytes_per_second: float | None
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """The state of a model. All sizes in bytes.
 
@@ -145,6 +168,7 @@ class Report:
     in_flight: int
     parked: int
     parked_bytes: int
+    park: ParkReport
     threads: int
     isa: str
     matrices: dict[str, float] = field(repr=False)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pliant import __version__
 from pliant.engine.auto import first_budget
 from pliant.engine.build import build_executor, default_threads, open_tokenizer, pack_sizes
 from pliant.engine.chat import ChatTemplate, find_template
 from pliant.engine.model import Model
+from pliant.engine.page_folder import PageFolder
 from pliant.errors import BudgetError, UsageError
 from pliant.memory.budget import Meter, margin, system_limit
 from pliant.memory.plan import PackSizes, Wish, make_plan
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Parts", "kv_wish", "load", "open_parts"]
 
+PARK_LIMIT = 4 * 2**30
 LOGIT_ROWS = 1  # rows of logits in memory at once besides one for each answer
 ROUNDING = MIB  # fixed parts are rounded up to it, so that plans do not differ from run to run
 
@@ -147,6 +152,8 @@ def load(
     answers: int = 1,
     also: Also | None = None,
     log: Callable[[str], None] | None = None,
+    park: str | os.PathLike[str] | None = None,
+    park_limit: int | str | None = None,
 ) -> Model:
     """Load a pack within a budget.
 
@@ -169,6 +176,11 @@ def load(
     also:      an owner in the ledger, and a function that makes what it owns from the pack and the
                tokenizer, and returns how many bytes more to leave free
     log:       with memory="auto", called with a line for each move of the budget
+    park:      a folder, made if it is not there, in which pages of the KV cache stay that had to
+               go, and those that are kept when the model is closed: what prompts begin with is read
+               instead of computed again where that is faster, also after a restart
+    park_limit: bytes that the files in it may take; those that were used longest ago go first.
+               None: 4 GiB
 
     Raises PackError for a pack that cannot be used, BudgetError with the sum if it does not fit,
     UsageError for arguments without meaning.
@@ -179,6 +191,9 @@ def load(
         raise UsageError("keep_free belongs to memory='auto'")
     if auto and weights is not None:
         raise UsageError("memory='auto' moves the weights; without it they can be set")
+    if park_limit is not None and park is None:
+        raise UsageError("park_limit belongs to park")
+    most_parked = PARK_LIMIT if park_limit is None else parse_size(park_limit, "park_limit")
     free = None if keep_free is None else parse_size(keep_free, "keep_free")
     wish = Wish(
         memory=None if memory is None or auto else parse_size(memory, "memory"),
@@ -201,6 +216,11 @@ def load(
         limit=wish.memory,
         coded_kv=coded,
     )
+    folder = None
+    if park is not None:
+        digest = hashlib.blake2b(f"{__version__}\0".encode() + parts.pack.digest, digest_size=16)
+        stored = parts.executor.kv_stored_bytes
+        folder = PageFolder(Path(park), most_parked, digest.digest(), stored)
     if auto:
         first = first_budget(parts.sizes, parts.fixed, wish, free, Sources())
         wish = replace(wish, memory=first)
@@ -220,6 +240,7 @@ def load(
         wish=wish,
         tokenizer_bytes=parts.tokenizer_bytes,
         template=parts.template,
+        folder=folder,
     )
     if auto:
         model.govern(keep_free=free, log=log)

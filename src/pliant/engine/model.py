@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from pliant.engine.generation import Generation
 from pliant.engine.holdings import Change, Fixed, Holdings
 from pliant.engine.kinds import Depth, DepthTrack, GenerationResult, Report
 from pliant.engine.line import Line
+from pliant.engine.page_folder import PageFolder
+from pliant.engine.prefixes import page_keys
 from pliant.engine.reporting import make_report
 from pliant.engine.sampling import Sampling, new_seed
 from pliant.engine.seam import Executor, Floats, Tokenizer
@@ -35,10 +38,14 @@ if TYPE_CHECKING:
     from pliant.engine.chat import ChatTemplate, Message
     from pliant.store import Pack
 
-__all__ = ["Model"]
+__all__ = ["FETCH", "Model"]
 
 _LOST, _LOSS = 8, 0.25
 """Steps in a row, and their seconds, that changes of the budget may cost; then one is whole."""
+
+
+FETCH = 0.02
+"""Seconds of a turn in which pages are read."""
 
 
 def _nobody(on: bool) -> None:
@@ -63,6 +70,7 @@ class Model(Closing):
         wish: Wish,
         tokenizer_bytes: int = 0,
         template: ChatTemplate | None = None,
+        folder: PageFolder | None = None,
     ) -> None:
         """For `pliant.load`.
 
@@ -86,6 +94,7 @@ class Model(Closing):
             fixed=fixed,
             wish=wish,
             moved=self._line.wake,
+            folder=folder,
         )
         self._governor: Governor | None = None
         self._steering = threading.Lock()
@@ -459,6 +468,27 @@ class Model(Closing):
                 "load with more sessions or a larger budget"
             ) from None
 
+    @property
+    def _parks(self) -> bool:
+        """Whether beginnings stay for later: then sessions share them too."""
+        return self._cache.park.folder is not None
+
+    def _begin(self, sequence: int, ids: Sequence[int]) -> int:
+        """Let an empty sequence begin with the pages of `ids` that are kept, in memory or parked;
+        returns how many tokens that are."""
+        with self._turn() as cache:
+            state = self._holdings.depth.state
+            keys = page_keys(array("i", ids), cache.page_tokens, state)
+            cache.begin(sequence, keys)
+        while True:
+            with self._turn() as cache:
+                if self._holdings.depth.state != state or not cache.fetch(sequence, keys, FETCH):
+                    return cache.length(sequence)
+
+    def _share(self, sequence: int, keys: Sequence[bytes]) -> None:
+        with self._turn() as cache:
+            cache.share(sequence, keys)
+
     def _step(
         self,
         sequences: list[int],
@@ -486,6 +516,7 @@ class Model(Closing):
         cache, begin = self._cache, time.perf_counter()
         whole = self._lost >= _LOST or self._loss >= _LOSS
         cache.prepare(sequences, counts)
+        ready = time.perf_counter()
         if want is None:
             rows = self._executor.states(sequences, counts, tokens, whole=whole)
         else:
@@ -495,6 +526,8 @@ class Model(Closing):
             self._loss += time.perf_counter() - begin
             raise StepGivenUp
         self._lost, self._loss = 0, 0.0
+        if max(counts) > 1:
+            cache.park.rates.prefill.add(sum(counts), time.perf_counter() - ready)
         cache.stepped(sequences, counts)
         self._line.progress += 1
         return rows, self._holdings.depth

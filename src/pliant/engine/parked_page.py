@@ -22,17 +22,16 @@ __all__ = ["Label", "Page", "ParkedPage", "header_bytes", "part_sizes", "write_p
 Page = npt.NDArray[np.uint8]
 
 MAGIC, VERSION, TOKENS = b"PLIANTKV", 1, 32
-_FIXED = struct.Struct("<8sII16s16sQI")
+_FIXED = struct.Struct("<8sII16s16sI")
 _CHECK = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a page must be of: pack and program, its key, and the state that the key is over."""
+    """What a page must be of: pack and program, and its key, which names tokens and state."""
 
     origin: bytes = bytes(16)
     key: bytes = bytes(16)
-    state: int = 0
 
 
 def header_bytes(rungs: int) -> int:
@@ -55,7 +54,7 @@ def write_page(
     for size in part_sizes(stored, rungs):
         parts += struct.pack("<II", size, zlib.crc32(data[at : at + size].data))
         at += size
-    head = _FIXED.pack(MAGIC, VERSION, rungs, label.origin, label.key, label.state, tokens) + parts
+    head = _FIXED.pack(MAGIC, VERSION, rungs, label.origin, label.key, tokens) + parts
     left = [memoryview(head + _CHECK.pack(zlib.crc32(head))), data.data]
     while left:
         done = os.writev(file, left)
@@ -80,19 +79,19 @@ class ParkedPage:
         head = os.pread(file, header_bytes(len(stored) - 1), at)
         if len(head) < _FIXED.size:
             raise FormatError("the file ends before the page")
-        magic, version, rungs, origin, key, state, tokens = _FIXED.unpack_from(head)
+        magic, version, rungs, origin, key, tokens = _FIXED.unpack_from(head)
         if magic != MAGIC:
             raise FormatError("it is no parked page")
         if version != VERSION:
             raise FormatError(f"its version is {version}, and {VERSION} is read")
         if rungs >= len(stored):
-            raise FormatError(f"it has {rungs} rungs, and pages of this pack at most "
-                              f"{len(stored) - 1}")  # fmt: skip
+            most = len(stored) - 1
+            raise FormatError(f"it has {rungs} rungs, and a page here has at most {most}")
         size = header_bytes(rungs)
         check = zlib.crc32(head[: size - 4]).to_bytes(4, "little")
         if len(head) < size or head[size - 4 : size] != check:
             raise FormatError("its header is not as it was written")
-        if Label(origin, key, state) != label:
+        if Label(origin, key) != label:
             raise FormatError("it is of another pack, text or state, or another version of pliant")
         if not 1 <= tokens <= TOKENS or (tokens < TOKENS and (rungs or any(key))):
             raise FormatError(f"{tokens} of its tokens cannot count")

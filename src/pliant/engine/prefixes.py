@@ -44,15 +44,21 @@ class _Entry:
 class Prefixes:
     """Counts who uses which page. Belongs to the cache; `count` and `idle` are for any thread.
 
-    It has one count on each of its pages in the cache itself, and gives it back with `drop`. An
+    It has one count on each of its pages in the cache itself, and gives it back with `drop`; before
+    that, `keep` is told which pages go, those that are used next last. An
     answer that uses a page uses all pages before it too, and releases the last first: so the order
     in which pages fell idle has leaves before what they hang on.
     """
 
-    __slots__ = ("_drop", "_entries", "_idle")
+    __slots__ = ("_drop", "_entries", "_idle", "_keep")
 
-    def __init__(self, drop: Callable[[list[int]], None]) -> None:
+    def __init__(
+        self,
+        drop: Callable[[list[int]], None],
+        keep: Callable[[list[tuple[bytes, int]]], None] = lambda pages: None,
+    ) -> None:
         self._drop = drop
+        self._keep = keep
         self._entries: dict[bytes, _Entry] = {}
         self._idle: OrderedDict[bytes, _Entry] = OrderedDict()
 
@@ -109,11 +115,12 @@ class Prefixes:
 
     def evict(self, pages: int) -> int:
         """Give back up to `pages` idle pages; returns how many."""
-        given: list[int] = []
+        given: list[tuple[bytes, int]] = []
         while self._idle and len(given) < pages:
             key, entry = self._idle.popitem(last=False)
             del self._entries[key]
-            given.append(entry.page)
+            given.append((key, entry.page))
         if given:
-            self._drop(given)
+            self._keep(given)
+            self._drop([page for _, page in given])
         return len(given)

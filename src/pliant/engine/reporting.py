@@ -43,6 +43,7 @@ def make_report(pack: Pack, executor: Executor, holdings: Holdings) -> Report:
         in_flight=cache.in_flight,
         parked=parked,
         parked_bytes=parked_bytes,
+        park=cache.park.report(),
         threads=executor.threads,
         isa=executor.isa,
         matrices=_matrix_depths(pack, executor.depths()),

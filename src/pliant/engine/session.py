@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from pliant.engine.cache import ParkedLost
 from pliant.engine.kinds import DepthTrack
+from pliant.engine.prefixes import page_keys
 from pliant.engine.seam import Floats
 from pliant.errors import EngineError
 from pliant.store.closing import Closing
@@ -28,7 +30,7 @@ class Session(Closing):
     Used by one thread at a time. Close it, or use it as a context manager, to give its memory back.
     """
 
-    __slots__ = ("_model", "_sequence", "tokens")
+    __slots__ = ("_keys", "_model", "_sequence", "_state", "tokens")
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -36,6 +38,9 @@ class Session(Closing):
             self._sequence: int | None = cache.open()
         self.tokens: list[int] = []
         """The tokens whose keys and values are in the cache."""
+        # Only where pages stay for later: the keys of those that are full, and of which state.
+        self._keys: list[bytes] = []
+        self._state = -1
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -74,14 +79,15 @@ class Session(Closing):
 
     def compute_again(self) -> None:
         """Fill an empty cache with the tokens that were in it."""
-        tokens, self.tokens = self.tokens, []
+        tokens, self.tokens, self._keys = self.tokens, [], []
         for start in range(0, len(tokens), PIECE):
             self._step(tokens[start : start + PIECE], 0, None)
 
     def rewind(self, ids: Sequence[int]) -> int:
         """Keep of the cache only what agrees with `ids`, and at least leave its last token to feed.
 
-        Returns how many tokens are kept.
+        If nothing does, begin with what is kept for later, where there is a place for that. Returns
+        how many tokens are there.
         """
         common = 0
         for mine, other in zip(self.tokens, ids[:-1], strict=False):
@@ -91,7 +97,11 @@ class Session(Closing):
         if common < len(self.tokens):
             with self._model._turn() as cache:
                 common = cache.truncate(self.sequence, common)
+                del self._keys[common // cache.page_tokens :]
             del self.tokens[common:]
+        if not self.tokens and self._model._parks:
+            common = self._model._begin(self.sequence, ids[:-1])
+            self.tokens.extend(ids[:common])
         return common
 
     def feed(self, ids: Sequence[int], track: DepthTrack | None = None) -> Floats:
@@ -124,6 +134,18 @@ class Session(Closing):
             self.compute_again()
             rows, depth = self._model._step([self.sequence], [len(ids)], array, wanted)
         self.tokens.extend(ids)
+        if self._model._parks:
+            self._share(depth.state)
         if track is not None:
             track.add(depth)
         return rows
+
+    def _share(self, state: int) -> None:
+        """Name the pages that are full, so that whoever begins alike finds them."""
+        page = self._model._cache.page_tokens
+        if state == self._state and len(self._keys) == len(self.tokens) // page:
+            return
+        known = self._keys if state == self._state else []
+        self._keys = page_keys(array("i", self.tokens), page, state, known)
+        self._state = state
+        self._model._share(self.sequence, self._keys)

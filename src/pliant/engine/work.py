@@ -16,7 +16,7 @@ import numpy as np
 
 from pliant.engine.answers import Answer, Piece, Request
 from pliant.engine.cache import Cache, ParkedLost
-from pliant.engine.model import Model
+from pliant.engine.model import FETCH, Model
 from pliant.engine.pace import Pace, shares
 from pliant.engine.prefixes import page_keys
 from pliant.engine.seam import Floats
@@ -39,6 +39,8 @@ class Counters:
     """Tokens of prompts that were computed, also where it was for the second time."""
     cached_tokens: int = 0
     """Tokens of prompts that were found in the cache."""
+    read_tokens: int = 0
+    """Tokens of prompts that were read from the folder where beginnings are parked."""
     answer_tokens: int = 0
     preemptions: int = 0
     """Answers that were set aside, or had to begin again."""
@@ -176,6 +178,8 @@ class Work:
             answer.shared = found
             answer.fed = found * self._page
             self.counters.cached_tokens += answer.fed
+            answer.fetching = self._model._parks
+            answer.again = answer.begun
             if not answer.begun:
                 answer.begun = True
                 answer.cached = answer.fed
@@ -255,14 +259,42 @@ class Work:
                         self._set_aside(victim)
             except EngineError as error:  # idle sessions cannot be written to disk
                 self._end(answer, Piece(error=error))
+        self._fetch([answer for answer in self.running if answer.fetching])
         going = [answer for answer in self.running if answer.todo == 1]
-        reading = [answer for answer in self.running if answer.todo > 1]
+        reading = [answer for answer in self.running if answer.todo > 1 and not answer.fetching]
         counts = [1] * len(going)
         if reading:
             allowance = self._pace.allowance(len(going), len(reading))
             counts += shares([answer.todo for answer in reading], allowance)
         every = zip([*going, *reading], counts, strict=True)
         return [(answer, count) for answer, count in every if count]
+
+    def _fetch(self, answers: Sequence[Answer]) -> None:
+        """For a short while, read what was parked of the pages that answers begin with; who does
+        not come to an end goes on with that in the next turn."""
+        end = time.perf_counter() + FETCH
+        for answer in answers:
+            seconds = end - time.perf_counter()
+            if seconds <= 0:
+                return
+            assert answer.sequence is not None
+            at, known = answer.shared, answer.keys[: (len(answer.ids) - 1) // self._page]
+            count = 0
+            if answer.state == self._model.depth.state:
+                count = self._cache.fetch(answer.sequence, known, seconds)
+            answer.shared += count
+            answer.fetching = 0 < count < len(known) - at
+            self._made(answer, answer.keys[at : answer.shared])
+            answer.fed += count * self._page
+            self.counters.read_tokens += count * self._page
+            if not answer.again:
+                answer.cached += count * self._page
+
+    def _made(self, answer: Answer, keys: Sequence[bytes]) -> None:
+        """Pages of an answer are there; nobody waits for them any more."""
+        for key in keys:
+            if self._making.get(key) is answer:
+                del self._making[key]
 
     def _may_go_on(self, answer: Answer) -> bool:
         assert answer.sequence is not None
@@ -280,9 +312,7 @@ class Work:
         if len(answer.keys) < full:
             answer.keys = page_keys(answer.ids, self._page, answer.state, answer.keys)
         self._cache.share(answer.sequence, answer.keys[:full])
-        for key in answer.keys[answer.shared : full]:
-            if self._making.get(key) is answer:
-                del self._making[key]
+        self._made(answer, answer.keys[answer.shared : full])
         answer.shared = full
 
     def _choose(self, answer: Answer, logits: Floats) -> None:
@@ -318,6 +348,7 @@ class Work:
     def _put_back(self, answer: Answer) -> None:
         """An answer without a promise waits again."""
         self._take_out(answer)
+        answer.fetching = False
         self.counters.preemptions += 1
         active = {other.request.key for other in self.running}
         self.waiting.add(answer, active | {answer.request.key})
@@ -326,9 +357,7 @@ class Work:
     def _take_out(self, answer: Answer) -> None:
         if answer in self.running:
             self.running.remove(answer)
-            for key in answer.keys[answer.shared :]:
-                if self._making.get(key) is answer:
-                    del self._making[key]
+            self._made(answer, answer.keys[answer.shared :])
             self.freed = True
 
     def _end(self, answer: Answer, piece: Piece) -> None:

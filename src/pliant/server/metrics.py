@@ -69,6 +69,7 @@ class Metrics:
         )
         tokens.add_metric(["computed"], counters.prompt_tokens)
         tokens.add_metric(["cache"], counters.cached_tokens)
+        tokens.add_metric(["disk"], counters.read_tokens)
         yield tokens
         for name, text, value in (
             ("answer_tokens", "Tokens of answers.", counters.answer_tokens),
@@ -87,6 +88,20 @@ class Metrics:
         pages.add_metric(["kept"], state.kept)
         pages.add_metric(["free"], state.pages - state.used)
         yield pages
+        park = report.park
+        given_up = CounterMetricFamily(
+            "pliant_given_up_pages", "Kept pages that had to go.", labels=["to"]
+        )
+        given_up.add_metric(["disk"], park.kept)
+        given_up.add_metric(["nowhere"], park.lost)
+        yield given_up
+        chosen = CounterMetricFamily(
+            "pliant_parked_pages", "Pages on disk that were wanted.", labels=["result"]
+        )
+        chosen.add_metric(["read"], park.read)
+        chosen.add_metric(["computed"], park.computed)
+        chosen.add_metric(["broken"], park.broken)
+        yield chosen
         ledger = GaugeMetricFamily(
             "pliant_ledger_bytes", "Memory by owner.", labels=["owner", "state"]
         )
@@ -98,6 +113,9 @@ class Metrics:
             ("waiting", "Answers in the queue.", state.waiting),
             ("running", "Answers in work.", state.running),
             ("parked_bytes", "KV on disk, of sessions and answers.", report.parked_bytes),
+            ("park_bytes", "Pages in the folder of --park.", park.bytes),
+            ("park_read_bytes_per_second", "Of pages on disk.", park.bytes_per_second or 0),
+            ("prefill_tokens_per_second", "Of prompts.", park.tokens_per_second or 0),
             ("resident_bytes", "Resident set of the process.", report.resident),
             ("resident_peak_bytes", "The most it ever was.", report.peak),
             ("budget_bytes", "The budget; 0 without one.", report.budget or 0),

@@ -62,9 +62,10 @@ class Pack:
     units:      sizes of the units
     layout:     which plies are in which rung, and bytes at each rung
     rungs_available: how many rungs the shards that are here have; the rest is not downloaded yet
+    digest:     BLAKE2b-128 of the file of the manifest, which has the digests of all others
     """
 
-    __slots__ = ("_offsets", "base", "layout", "manifest", "path", "rungs_available")
+    __slots__ = ("_offsets", "base", "digest", "layout", "manifest", "path", "rungs_available")
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class Pack:
         base: dict[str, npt.NDArray[Any]],
         layout: Layout,
         rungs_available: int,
+        digest: bytes,
     ) -> None:
         """For `open`, which checks what it passes."""
         self.path = path
@@ -80,6 +82,7 @@ class Pack:
         self.base = base
         self.layout = layout
         self.rungs_available = rungs_available
+        self.digest = digest
         self._offsets = _rung_offsets(manifest)
 
     @classmethod
@@ -93,7 +96,7 @@ class Pack:
         Raises FormatError, ChecksumError, VersionError, or PackError if a file cannot be read.
         """
         directory = Path(path)
-        manifest = _read_manifest(directory)
+        manifest, digest = _read_manifest(directory)
         _check_sizes(directory, manifest)
         shards = _check_shards(directory, manifest)
         base = _read_base(directory / BASE, manifest, limit)
@@ -102,7 +105,7 @@ class Pack:
         layout = Layout(UnitTable(manifest.matrices), ladder, manifest.rungs.plies, where)
         layout.check(manifest.rungs, str(directory / MANIFEST))
         available = sum(shard.rungs for shard in manifest.shards[:shards])
-        pack = cls(directory, manifest, base, layout, available)
+        pack = cls(directory, manifest, base, layout, available, digest)
         if verify:
             pack.verify()
         return pack
@@ -249,7 +252,8 @@ def _open(path: Path) -> RegularFile:
         raise FormatError(f"{path} is missing: copy or download it again") from None
 
 
-def _read_manifest(directory: Path) -> Manifest:
+def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
+    """The manifest, and the BLAKE2b-128 of its file."""
     path = directory / MANIFEST
     try:
         file = RegularFile(path)
@@ -272,7 +276,8 @@ def _read_manifest(directory: Path) -> Manifest:
         if size is None:
             break
         beside += size
-    return Manifest.from_json(data, where=str(path), beside=beside)
+    manifest = Manifest.from_json(data, where=str(path), beside=beside)
+    return manifest, hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _check_sizes(directory: Path, manifest: Manifest) -> None:
