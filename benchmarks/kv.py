@@ -1,18 +1,22 @@
 """What a coded KV cache gives: speed with a long context, sessions in a budget, parked sessions.
 
-    python benchmarks/kv.py PACK [speed] [sessions] [resume] [--bits 3.25 4.25 5.25]
+    python benchmarks/kv.py PACK [speed] [sessions] [resume] [prefix] [--bits 3.25 4.25 5.25]
 
 `speed`: tokens a second while so many tokens are in the cache, exact and at each number of bits, in
 turns. The floor is the bytes that a step reads, weights and KV, over the read bandwidth, which is
 probed before each turn. `sessions`: how many sessions of a context can be filled and held in one
-budget. `resume`: a session of 4,096 tokens read back from disk, against computed again.
+budget. `resume`: a session of 4,096 tokens read back from disk, against computed again. `prefix`:
+the time to the first token of a prompt of 2,048 tokens that was parked before the model was loaded
+anew, from the kernel's cache and from the disk, against computing it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from pliant import _core
 from pliant.sizes import MIB, parse_size
 
 RESUMED = 4096  # tokens of the session that is parked
+PARKED = 2048  # tokens of the prompt that is parked
 MOST_SESSIONS = 64
 
 
@@ -144,7 +149,48 @@ def follow(session: Any, ids: list[int]) -> list[int]:
     return [int(session.feed(ids).argmax())]
 
 
-PARTS = {"speed": speed, "sessions": sessions, "resume": resume}
+def prefix(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """First tokens after loading, with pages in a folder and without."""
+    rows = []
+    for bits in (16, *options.bits):
+        with tempfile.TemporaryDirectory() as folder:
+            load = {"weights": options.weights, "kv_bits": bits, "chat": False, "park": folder}
+            row: dict[str, Any] = {}
+            for name in ("computed", "cache", "disk"):
+                if name == "disk":
+                    forget(Path(folder))
+                with pliant.load(options.pack, **load) as model:
+                    begin = time.perf_counter()
+                    made = model.generate(
+                        ids_for(model, PARKED), max_tokens=8, ignore_eos=True, seed=0
+                    )
+                    next(made)
+                    row[name] = time.perf_counter() - begin
+                    list(made)
+                    row[name + "_tokens"] = made.result.tokens
+                    row["bits"], row["cached"] = model.depth.kv_bits, made.result.cached_tokens
+            row["bytes"] = sum(file.stat().st_size for file in Path(folder).iterdir())
+        rows.append(row)
+        same = row["computed_tokens"] == row["cache_tokens"] == row["disk_tokens"]
+        print(
+            f"{row['bits']:5.2f} bits: first token of {PARKED} after {row['computed']:.3f} s "
+            f"computed, {row['cache']:.3f} s from the kernel's cache, {row['disk']:.3f} s from "
+            f"disk ({row['bytes'] / 1e6:.1f} MB, {row['cached']} tokens); same tokens: {same}",
+            flush=True,
+        )
+    return rows
+
+
+def forget(folder: Path) -> None:
+    """Write files to disk, and let the kernel drop them from its cache."""
+    for path in folder.iterdir():
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+PARTS = {"speed": speed, "sessions": sessions, "resume": resume, "prefix": prefix}
 
 
 def main() -> None:

@@ -38,9 +38,9 @@ class CacheFull(EngineError):
 
 
 class ParkedLost(EngineError):
-    """What was parked cannot be read; the sequence is empty now."""
+    """What was parked cannot be read, or is computed faster; the sequence is empty now."""
 
-    def __init__(self, sequence: int, cause: Exception) -> None:
+    def __init__(self, sequence: int, cause: object) -> None:
         super().__init__(f"what was parked could not be brought back: {cause}")
         self.sequence = sequence
 
@@ -514,6 +514,13 @@ class Cache:
     def _bring_back(self, sequence: int, entry: _Entry) -> None:
         parked, entry.parked = entry.parked, None
         assert parked is not None
+        if entry.state == self._state():  # computing it again would give the same
+            pages = len(parked) - len(entry.keys)
+            tokens = entry.length - len(entry.keys) * self.page_tokens
+            if not self.park.rates.choose(parked.bytes * pages // len(parked), tokens, pages):
+                parked.close()
+                self._empty(sequence)
+                raise ParkedLost(sequence, "computing it again is expected to be faster")
         try:
             self.park.restore(sequence, parked, entry.length, self.level)
         except (OSError, PackError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Rate", "Rates"]
 
 _FADES = 0.9  # what an observation still counts when the next one comes
-_AGAIN = 64  # pages after which one is read although that was slower, to see how it is now
+_AGAIN = 32  # pages of beginnings after which one is read in any case, to see how that is now
 
 
 class Rate:
@@ -43,13 +43,15 @@ class Rates:
         self._slower = 0  # pages that were computed since one was read
 
     def choose(self, size: int, tokens: int, pages: int = 1) -> bool:
-        """Whether to read `size` bytes instead of computing so many tokens in so many pages."""
+        """Whether to read `size` bytes instead of computing so many tokens in so many pages: where
+        that is expected to be faster, or not known."""
         read, prefill = self.read.value, self.prefill.value
-        faster = read is None or prefill is None or size * prefill <= tokens * read
-        if faster or self._slower + pages > _AGAIN:
-            self.reads += pages
-            self._slower = 0
-            return True
-        self.computes += pages
-        self._slower += pages
-        return False
+        slower = read is not None and prefill is not None and size * prefill > tokens * read
+        if slower and pages == 1:
+            self._slower += 1
+        if slower and self._slower < _AGAIN:
+            self.computes += pages
+            return False
+        self._slower = 0
+        self.reads += pages
+        return True
