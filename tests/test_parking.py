@@ -231,7 +231,12 @@ def test_any_bytes_are_refused(folder: Path, data: bytes) -> None:
 
 def test_a_session_is_page_after_page(folder: Path) -> None:
     pages = [np.full(size, number, np.uint8) for number, size in enumerate((230, 170, 640))]
-    parked = Parked(iter([(32, 3, pages[0]), (32, 2, pages[1]), (7, 0, pages[2])]), STORED)
+    parked = Parked(STORED)
+    for tokens, rungs, data in ((32, 3, pages[0]), (5, 0, pages[2]), (32, 2, pages[1])):
+        parked.append(tokens, rungs, data)
+    parked.cut(1)
+    parked.append(32, 2, pages[1])
+    parked.append(7, 0, pages[2])
     assert not list(folder.iterdir())
     assert len(parked) == 3
     assert parked.bytes == 230 + 170 + 640 + sum(map(header_bytes, (3, 2, 0)))

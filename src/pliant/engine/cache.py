@@ -29,6 +29,9 @@ Rank = tuple[int, int]
 """Which answers give way first: those with the largest."""
 
 
+MOST_RUNGS = 2**16
+"""More than any page has."""
+
 _MOST_PARKED = 4 * 2**30
 """Bytes that answers may take on disk. What would be more is computed again."""
 
@@ -54,14 +57,20 @@ class Keep(Enum):
 
 
 class _Entry:
-    __slots__ = ("claim", "keys", "known", "length", "parked", "promised", "rank", "state", "used")
+    __slots__ = (
+        *("claim", "first", "keys", "known", "length", "level", "parked", "promised", "rank"),
+        *("rest", "state", "used"),
+    )
 
     def __init__(self) -> None:
         self.length = 0
         self.promised: int | None = None  # tokens in all; None: idle
         self.parked: Parked | None = None
+        self.rest: Parked | None = None  # has more rungs of the pages from `first` on
+        self.first = 0
         self.used = 0
         self.state = -1  # in which all of it was computed; -1: there is none
+        self.level = MOST_RUNGS  # its pages have at least so many rungs, if the cache has
         self.keys: list[bytes] = []  # its first pages, which others may use too
         self.known: list[bytes] = []  # the same while it is parked, when they may have gone
         # Of an answer:
@@ -110,8 +119,7 @@ class Cache:
     def close(self, sequence: int) -> None:
         """Forget a sequence; what it shared is kept for reuse."""
         entry = self._entries.pop(sequence)
-        if entry.parked is not None:
-            entry.parked.close()
+        _close(entry)
         self._executor.close_sequence(sequence)
         self.prefixes.release(entry.keys)
 
@@ -119,8 +127,7 @@ class Cache:
         """Delete what is parked, and keep for later what can be; the executor goes away with
         everything else."""
         for entry in self._entries.values():
-            if entry.parked is not None:
-                entry.parked.close()
+            _close(entry)
             self.prefixes.release(entry.keys)
         self._entries.clear()
         self.forget()
@@ -139,13 +146,15 @@ class Cache:
             full = length // self.page_tokens
             self.prefixes.release(entry.keys[full:])
             del entry.keys[full:]
+            if entry.rest is not None:
+                entry.rest.cut(full)
         else:
             if length % self.page_tokens and entry.parked.rungs(length // self.page_tokens):
                 length -= length % self.page_tokens
-            if length == 0:
-                entry.parked.close()
-                entry.parked = None
             del entry.known[length // self.page_tokens :]
+        if length == 0:
+            _close(entry)
+            entry.level = MOST_RUNGS
         entry.length = length
         return length
 
@@ -270,6 +279,10 @@ class Cache:
         self.set_aside(sequence)
         self._empty(sequence)
 
+    def level_of(self, sequence: int) -> int:
+        """The fewest rungs that a coded page of a sequence has, or will have; 0: all is exact."""
+        return min(self._entries[sequence].level, self.level)
+
     def length(self, sequence: int) -> int:
         """Tokens of a sequence, in memory or on disk."""
         return self._entries[sequence].length
@@ -315,6 +328,8 @@ class Cache:
             entry.used = self._clock
             if entry.parked is not None:
                 self._bring_back(sequence, entry)
+            elif entry.rest is not None and entry.level < self.level:
+                self._deepen(sequence, entry)
 
     def stepped(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
         """Count the tokens of a step."""
@@ -375,6 +390,8 @@ class Cache:
                 self._unshare()
             self._executor.set_kv_level(plan.kv_level)
             self.level = plan.kv_level
+            for sequence, entry in self._entries.items():
+                entry.level = min(entry.level, self.park.depth(sequence, self.level))
         try:
             while not self._make_room(0, ()):
                 found = [
@@ -400,8 +417,9 @@ class Cache:
     @property
     def parked(self) -> tuple[int, int]:
         """How many sessions and answers are on disk, and how many bytes that takes there."""
-        files = [entry.parked for entry in self._entries.values() if entry.parked is not None]
-        return len(files), sum(file.bytes for file in files)
+        every = list(self._entries.values())
+        files = [file for entry in every for file in (entry.parked, entry.rest) if file is not None]
+        return sum(entry.parked is not None for entry in every), sum(file.bytes for file in files)
 
     @property
     def in_flight(self) -> int:
@@ -478,7 +496,7 @@ class Cache:
             return
 
         try:
-            entry.parked = self.park.store(sequence, entry.length)
+            entry.parked = self.park.store(sequence, entry.length, entry.rest)
         except (OSError, EngineError) as error:
             if answer:
                 self._empty(sequence)
@@ -489,6 +507,7 @@ class Cache:
                 f"the KV cache of an idle session cannot be written to disk: {error.strerror}; "
                 "TMPDIR may name another folder"
             ) from error
+        entry.rest = None
         self._executor.truncate(sequence, 0)
         self.prefixes.release(entry.keys)
         entry.known, entry.keys = entry.keys, []
@@ -504,31 +523,53 @@ class Cache:
 
     def _empty(self, sequence: int) -> None:
         entry = self._entries[sequence]
-        if entry.parked is not None:
-            entry.parked.close()
-            entry.parked = None
+        _close(entry)
         self._executor.truncate(sequence, 0)
         self.prefixes.release(entry.keys)
-        entry.keys, entry.known, entry.length = [], [], 0
+        entry.keys, entry.known, entry.length, entry.level = [], [], 0, MOST_RUNGS
 
     def _bring_back(self, sequence: int, entry: _Entry) -> None:
-        parked, entry.parked = entry.parked, None
+        parked, entry.first = entry.parked, len(entry.keys)
         assert parked is not None
-        if entry.state == self._state():  # computing it again would give the same
-            pages = len(parked) - len(entry.keys)
-            tokens = entry.length - len(entry.keys) * self.page_tokens
+        pure = entry.state == self._state()
+        if pure:  # computing it again would give the same
+            pages = len(parked) - entry.first
+            tokens = entry.length - entry.first * self.page_tokens
             if not self.park.rates.choose(parked.bytes * pages // len(parked), tokens, pages):
-                parked.close()
                 self._empty(sequence)
                 raise ParkedLost(sequence, "computing it again is expected to be faster")
         try:
-            self.park.restore(sequence, parked, entry.length, self.level)
+            whole = self.park.restore(sequence, parked, entry.length, self.level)
         except (OSError, PackError) as error:
             self._empty(sequence)
             raise ParkedLost(sequence, error) from error
-        finally:
-            parked.close()
-        if entry.state != self._state():
-            entry.state = -1  # it may have come back with fewer rungs
         known, entry.known = entry.known, []
-        self.share(sequence, known)
+        if whole:
+            _close(entry)
+        else:
+            entry.parked, entry.rest = None, parked
+            parked.cut(entry.length // self.page_tokens)
+        entry.level = self.park.depth(sequence, self.level)
+        if whole and pure:
+            self.share(sequence, known)
+        else:
+            entry.state = -1
+
+    def _deepen(self, sequence: int, entry: _Entry) -> None:
+        """Bring back more of a sequence that goes on with a part of what it had."""
+        assert entry.rest is not None
+        try:
+            done = self.park.deepen(sequence, entry.rest, entry.first, self.level)
+        except (OSError, PackError):
+            done = True  # it stays as it is, and its answers say so
+        entry.level = self.park.depth(sequence, self.level)
+        if done:
+            _close(entry)
+
+
+def _close(entry: _Entry) -> None:
+    """Delete what a sequence has on disk."""
+    for file in (entry.parked, entry.rest):
+        if file is not None:
+            file.close()
+    entry.parked = entry.rest = None

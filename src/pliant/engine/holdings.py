@@ -154,16 +154,23 @@ class Holdings:
     def depth(self) -> Depth:
         """What steps use now, of weights and KV."""
         weights, level = self.weights.depth, self.cache.level
+        if self._depth[0] is not weights or self._depth[1] != level:
+            self._depth = weights, level, self._depth_at(level)
+        return self._depth[2]
+
+    def depth_of(self, sequence: int) -> Depth:
+        """What steps of a sequence use, whose pages may have fewer rungs than new ones get."""
+        level = self.cache.level_of(sequence)
+        return self.depth if level == self.cache.level else self._depth_at(level)
+
+    def _depth_at(self, level: int) -> Depth:
+        weights = self.weights.depth
         if not level:
             return weights
-        if self._depth[0] is not weights or self._depth[1] != level:
-            kl = weights.expected_kl
-            if kl is not None:
-                kl = min(kl + self._sizes.kv_divergence(level), MOST_KL)
-            bits = self._sizes.kv_bits(level)
-            both = replace(weights, expected_kl=kl, kv_bits=bits, kv_level=level)
-            self._depth = weights, level, both
-        return self._depth[2]
+        kl = weights.expected_kl
+        if kl is not None:
+            kl = min(kl + self._sizes.kv_divergence(level), MOST_KL)
+        return replace(weights, expected_kl=kl, kv_bits=self._sizes.kv_bits(level), kv_level=level)
 
     def limits(self, memory: int | None, weights: int | None) -> Wish:
         """The wish with other limits."""

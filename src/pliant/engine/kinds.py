@@ -34,12 +34,13 @@ class Depth:
 class DepthTrack:
     """The depths that the steps of one answer were made with."""
 
-    __slots__ = ("_bits", "_first", "_kl", "_kv_lowest", "_lowest", "_steps")
+    __slots__ = ("_bits", "_first", "_kl", "_kl_highest", "_kv_lowest", "_lowest", "_steps")
 
     def __init__(self) -> None:
         self._steps = 0
         self._first: Depth | None = None
         self._lowest: Depth | None = None
+        self._kl_highest: float | None = None
         self._kv_lowest = 16.0
         # Sums of differences to the first step: means are exact where nothing changed.
         self._bits = self._kl = 0.0
@@ -53,6 +54,8 @@ class DepthTrack:
         self._kl += (depth.expected_kl or 0.0) - (self._first.expected_kl or 0.0)
         if depth.weights < self._lowest.weights:
             self._lowest = depth
+        if depth.expected_kl is not None:
+            self._kl_highest = max(self._kl_highest or 0.0, depth.expected_kl)
         self._kv_lowest = min(self._kv_lowest, depth.kv_bits)
 
     def values(self) -> dict[str, Any]:
@@ -64,7 +67,7 @@ class DepthTrack:
             "bits_per_weight": bits if bits is None else bits + self._bits / self._steps,
             "bits_per_weight_lowest": low.bits_per_weight if low else None,
             "expected_kl": kl if kl is None else kl + self._kl / self._steps,
-            "expected_kl_highest": low.expected_kl if low else None,
+            "expected_kl_highest": self._kl_highest,
             "kv_bits_lowest": self._kv_lowest,
         }
 
@@ -75,9 +78,9 @@ class GenerationResult:
 
     `finish_reason`: `eos` (the model ended it), `stop` (a stop text came), `length` (max_tokens),
     `context` (no room for more), `cancelled`, or None while it goes on. `bits_per_weight` and
-    `expected_kl` are means over the steps; `..._lowest` and `..._highest` are those of the
-    shallowest step, and differ from the mean if the budget moved meanwhile; `kv_bits_lowest` are
-    the fewest bits that full pages of the KV cache had in a step. Times are in seconds.
+    `expected_kl` are means over the steps; `..._lowest` and `..._highest` are those of the worst
+    step, and differ from the mean if the budget moved meanwhile; `kv_bits_lowest` are the fewest
+    bits that a full page of the KV cache had in a step. Times are in seconds.
     """
 
     text: str

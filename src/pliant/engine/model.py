@@ -495,7 +495,7 @@ class Model(Closing):
         counts: list[int],
         tokens: npt.NDArray[np.int32],
         want: Sequence[int] | None,
-    ) -> tuple[Floats, Depth]:
+    ) -> tuple[Floats, list[Depth]]:
         """One step with a turn of its own; the rest as `_step_in_turn`."""
         while True:
             with suppress(StepGivenUp), self._turns:
@@ -507,9 +507,10 @@ class Model(Closing):
         counts: list[int],
         tokens: npt.NDArray[np.int32],
         want: Sequence[int] | None,
-    ) -> tuple[Floats, Depth]:
-        """One step, and the depth it was made with. EngineError, and no change, without room;
-        StepGivenUp, and no change, if the budget is to move: then leave the turn, and try again.
+    ) -> tuple[Floats, list[Depth]]:
+        """One step, and the depth that it had for each sequence. EngineError, and no change,
+        without room; StepGivenUp, and no change, if the budget is to move: then leave the turn, and
+        try again.
 
         `want` None: hidden states of all tokens instead of logits.
         """
@@ -530,7 +531,7 @@ class Model(Closing):
             cache.park.rates.prefill.add(sum(counts), time.perf_counter() - ready)
         cache.stepped(sequences, counts)
         self._line.progress += 1
-        return rows, self._holdings.depth
+        return rows, [self._holdings.depth_of(sequence) for sequence in sequences]
 
     # --- inside
 

@@ -16,7 +16,14 @@ from pliant.engine.parking import Parked
 from pliant.engine.rates import Rates
 from pliant.engine.seam import Executor
 
-__all__ = ["Park"]
+__all__ = ["DEEPEN", "RESUME", "Park"]
+
+
+RESUME = 0.25
+"""Seconds that a session waits until it goes on, where all of it would take longer."""
+
+DEEPEN = 0.01
+"""Seconds of a step in which more of such a session is read; a page is in any case."""
 
 
 class Park:
@@ -70,28 +77,85 @@ class Park:
 
     # --- sessions and answers
 
-    def store(self, sequence: int, length: int) -> Parked:
-        """Write the pages of a sequence of so many tokens. OSError; EngineError without a place."""
+    def store(self, sequence: int, length: int, rest: Parked | None = None) -> Parked:
+        """Write the pages of a sequence of so many tokens. OSError; EngineError without a place.
 
-        def pages() -> Iterator[tuple[int, int, Page]]:
-            left = length
-            for number in self._executor.pages(sequence):
-                yield min(left, self._tokens), *self._take(number)
-                left -= self._tokens
+        `rest`: what its first pages came from and was not given up. They are there already, and
+        what could not be read of them yet is kept.
+        """
+        parked = rest or Parked(self._stored)
+        there = len(parked)
+        try:
+            for number, page in list(enumerate(self._executor.pages(sequence)))[there:]:
+                tokens = min(length - number * self._tokens, self._tokens)
+                parked.append(tokens, *self._take(page))
+        except BaseException:
+            parked.cut(there)
+            if rest is None:
+                parked.close()
+            raise
+        return parked
 
-        return Parked(pages(), self._stored)
-
-    def restore(self, sequence: int, parked: Parked, length: int, level: int) -> None:
+    def restore(self, sequence: int, parked: Parked, length: int, level: int) -> bool:
         """Append pages to a sequence until it has `length` tokens; where the level has fallen since
-        they were written, no more of them is read. OSError, PackError."""
-        for number in range(len(self._executor.pages(sequence)), -(-length // self._tokens)):
+        they were written, no more of them is read. OSError, PackError.
+
+        Returns whether that is all of them. Pages that are coded come with fewer rungs if reading
+        all of these is expected to take longer than RESUME.
+        """
+        first, count = len(self._executor.pages(sequence)), -(-length // self._tokens)
+        most = self._affordable(parked, range(first, count), level)
+        whole = True
+        for number in range(first, count):
             begin = self._clock()
             page = parked.page(number)
             tokens = min(page.tokens, length - number * self._tokens)
-            rungs = min(page.rungs, level)
+            rungs = min(page.rungs, most)
             data = page.read(rungs)
             self._executor.put_page(sequence, tokens, data, rungs)
             self.rates.read.add(len(data), self._clock() - begin)
+            whole = whole and rungs == page.rungs
+        return whole
+
+    def _affordable(self, parked: Parked, pages: range, level: int) -> int:
+        """How many rungs of pages can be read in RESUME; at least one, if they are coded."""
+        rate = self.rates.read.value
+        if rate is None:
+            return level
+        for most in range(level, 1, -1):
+            size = sum(self._stored[min(parked.rungs(number), most)] for number in pages)
+            if size <= rate * RESUME:
+                return most
+        return min(level, 1)
+
+    def deepen(self, sequence: int, rest: Parked, first: int, level: int) -> bool:
+        """For a short while, read on in pages that came with fewer rungs, from page `first` of the
+        sequence on, up to the level. Returns whether nothing is left to read at any level. OSError,
+        PackError.
+        """
+        pages = self._executor.pages(sequence)[: len(rest)]
+        have, until = self._executor.page_rungs(pages), self._clock() + DEEPEN
+        wanted = [
+            (rung, number)
+            for rung in range(2, level + 1)
+            for number in range(first, len(pages))
+            if have[number] < rung <= rest.rungs(number)
+        ]
+        for rung, number in wanted:
+            begin = self._clock()
+            data = rest.page(number).read(rung, above=rung - 1)
+            self._executor.deepen_page(pages[number], data, rung)
+            have[number] = rung
+            end = self._clock()
+            self.rates.read.add(len(data), end - begin)
+            if end > until:
+                break
+        return all(have[number] == rest.rungs(number) for number in range(first, len(pages)))
+
+    def depth(self, sequence: int, level: int) -> int:
+        """The fewest rungs that a full page of a sequence has; the level without one."""
+        rungs = self._executor.page_rungs(self._executor.pages(sequence))
+        return min((one for one in rungs if one), default=level)
 
     # --- beginnings
 

@@ -7,7 +7,7 @@ closed or the process ends, however that happens. It holds page after page (docs
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pliant.engine.parked_page import Label, Page, ParkedPage, header_bytes, write_page
@@ -28,29 +28,37 @@ def parking_folder() -> Path:
 
 
 class Parked:
-    """The pages of one sequence."""
+    """The first pages of one sequence."""
 
-    __slots__ = ("_descriptor", "_places", "_stored", "bytes")
+    __slots__ = ("_descriptor", "_places", "_stored")
 
-    def __init__(self, pages: Iterator[tuple[int, int, Page]], stored: Sequence[int]) -> None:
-        """Write pages, each with the tokens in it and its rungs (0: exact); `stored` as in
-        `pliant.engine.parked_page`. OSError if it fails."""
+    def __init__(self, stored: Sequence[int]) -> None:
+        """Without pages yet; `stored` as in `pliant.engine.parked_page`. OSError."""
         self._descriptor = _nameless(parking_folder())
         self._stored = stored
         self._places: list[tuple[int, int]] = []  # where each page begins, and its rungs
-        self.bytes = 0
-        """Size of the file."""
-        try:
-            for tokens, rungs, data in pages:
-                write_page(self._descriptor, _NO_LABEL, stored, tokens, rungs, data)
-                self._places.append((self.bytes, rungs))
-                self.bytes += header_bytes(rungs) + len(data)
-        except BaseException:
-            self.close()
-            raise
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        if not self._places:
+            return 0
+        begin, rungs = self._places[-1]
+        return begin + header_bytes(rungs) + self._stored[rungs]
+
+    def append(self, tokens: int, rungs: int, data: Page) -> None:
+        """Write one page more, with the tokens in it and its rungs (0: exact). OSError, and no
+        change, if it fails."""
+        begin = os.lseek(self._descriptor, self.bytes, os.SEEK_SET)
+        write_page(self._descriptor, _NO_LABEL, self._stored, tokens, rungs, data)
+        self._places.append((begin, rungs))
+
+    def cut(self, pages: int) -> None:
+        """Forget the pages from number `pages` on."""
+        del self._places[pages:]
 
     def rungs(self, number: int) -> int:
         """The rungs of a page."""

@@ -129,10 +129,10 @@ class Session(Closing):
     ) -> Floats:
         array, wanted = np.array(ids, np.int32), None if want is None else [want]
         try:
-            rows, depth = self._model._step([self.sequence], [len(ids)], array, wanted)
+            rows, (depth,) = self._model._step([self.sequence], [len(ids)], array, wanted)
         except ParkedLost:
             self.compute_again()
-            rows, depth = self._model._step([self.sequence], [len(ids)], array, wanted)
+            rows, (depth,) = self._model._step([self.sequence], [len(ids)], array, wanted)
         self.tokens.extend(ids)
         if self._model._parks:
             self._share(depth.state)

@@ -205,7 +205,7 @@ class Work:
         want = [1 if count == answer.todo else 0 for answer, count in parts]
         begin = time.perf_counter()
         try:
-            rows, depth = self._model._step_in_turn(
+            rows, depths = self._model._step_in_turn(
                 [answer.sequence for answer, _ in parts if answer.sequence is not None],
                 [count for _, count in parts],
                 np.concatenate([np.frombuffer(part, np.int32) for part in ids]),
@@ -229,7 +229,7 @@ class Work:
         self.counters.steps += 1
         self.counters.step_seconds += seconds
         at = 0
-        for (answer, count), wanted in zip(parts, want, strict=True):
+        for (answer, count), wanted, depth in zip(parts, want, depths, strict=True):
             if answer.state != depth.state:
                 if not answer.tokens and answer.shared and answer.fed == answer.shared * self._page:
                     self._start_over(answer)  # what it found was of another depth
