@@ -14,23 +14,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from enum import Enum
 
 from pliant.engine.park import Park
-from pliant.engine.parking import Parked
 from pliant.engine.prefixes import Prefixes
+from pliant.engine.room import MOST_RUNGS, Entry, Keep, Rank, Room
 from pliant.engine.seam import Executor
 from pliant.errors import EngineError, PackError
 from pliant.memory.plan import PackSizes, Plan
 
 __all__ = ["Cache", "CacheFull", "Keep", "ParkedLost", "Rank"]
-
-Rank = tuple[int, int]
-"""Which answers give way first: those with the largest."""
-
-
-MOST_RUNGS = 2**16
-"""More than any page has."""
 
 _MOST_PARKED = 4 * 2**30
 """Bytes that answers may take on disk. What would be more is computed again."""
@@ -48,42 +40,10 @@ class ParkedLost(EngineError):
         self.sequence = sequence
 
 
-class Keep(Enum):
-    """What a smaller budget leaves in memory, in the order in which it is tried."""
-
-    SESSIONS = "sessions"  # all that open sessions and answers have, but not kept prefixes
-    ANSWERS = "answers"  # what is in flight; the rest goes to disk
-    LEAST = "least"  # what was promised to sessions, and one answer at a time
-
-
-class _Entry:
-    __slots__ = (
-        *("claim", "first", "keys", "known", "length", "level", "parked", "promised", "rank"),
-        *("rest", "state", "used"),
-    )
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.promised: int | None = None  # tokens in all; None: idle
-        self.parked: Parked | None = None
-        self.rest: Parked | None = None  # has more rungs of the pages from `first` on
-        self.first = 0
-        self.used = 0
-        self.state = -1  # in which all of it was computed; -1: there is none
-        self.level = MOST_RUNGS  # its pages have at least so many rungs, if the cache has
-        self.keys: list[bytes] = []  # its first pages, which others may use too
-        self.known: list[bytes] = []  # the same while it is parked, when they may have gone
-        # Of an answer:
-        self.rank: Rank | None = None  # None: a session
-        self.claim = 0  # tokens that it may have in the end
-
-
-class Cache:
+class Cache(Room):
     """The sequences of one executor. Everything here is called with the turn taken.
 
-    context, pages: the most tokens of one sequence, and the most pages of all, as planned. If full
-    pages are coded, these are pages of the level that holds now, and the newest page of a sequence,
-    which is exact, counts as `tail` more. `park`: the way to disk and back.
+    park: the way to disk and back
     """
 
     def __init__(
@@ -95,17 +55,9 @@ class Cache:
         state: Callable[[], int] = lambda: 0,
     ) -> None:
         """`state`: `Depth.state` of the steps that are made now."""
-        self.context = plan.context
-        self.pages = plan.kv_pages
-        self.tail = plan.kv_tail
-        self.level = plan.kv_level
-        self.page_tokens = sizes.kv_page_tokens
         self.park = park or Park(executor)
-        self.prefixes = Prefixes(executor.drop_pages, self.park.keep)
-        self._executor = executor
+        super().__init__(executor, sizes, plan, Prefixes(executor.drop_pages, self.park.keep))
         self._state = state
-        self._sizes = sizes
-        self._entries: dict[int, _Entry] = {}
         self._clock = 0
 
     # --- sequences
@@ -113,13 +65,13 @@ class Cache:
     def open(self) -> int:
         """A new sequence, idle and empty."""
         sequence = self._executor.open_sequence()
-        self._entries[sequence] = _Entry()
+        self._entries[sequence] = Entry()
         return sequence
 
     def close(self, sequence: int) -> None:
         """Forget a sequence; what it shared is kept for reuse."""
         entry = self._entries.pop(sequence)
-        _close(entry)
+        entry.close_files()
         self._executor.close_sequence(sequence)
         self.prefixes.release(entry.keys)
 
@@ -127,7 +79,7 @@ class Cache:
         """Delete what is parked, and keep for later what can be; the executor goes away with
         everything else."""
         for entry in self._entries.values():
-            _close(entry)
+            entry.close_files()
             self.prefixes.release(entry.keys)
         self._entries.clear()
         self.forget()
@@ -153,7 +105,7 @@ class Cache:
                 length -= length % self.page_tokens
             del entry.known[length // self.page_tokens :]
         if length == 0:
-            _close(entry)
+            entry.close_files()
             entry.level = MOST_RUNGS
         entry.length = length
         return length
@@ -342,40 +294,6 @@ class Cache:
 
     # --- limits
 
-    def needs(self, keep: Keep) -> tuple[int, int, int]:
-        """The most tokens of one sequence, and the pages and the sequences of all, that a plan must
-        leave; here pages are those that tokens are in, exact or not."""
-        context = promised = largest = 0
-        sessions, answers, idle = 0, 0, 0
-        for entry in list(self._entries.values()):  # also asked for without the turn
-            tokens = max(entry.length, entry.promised or 0, entry.claim)
-            flies = entry.promised is not None
-            answers += entry.rank is not None and flies
-            if entry.rank is not None:
-                largest = max(largest, self._sizes.pages(tokens))
-            elif flies:
-                promised += self._sizes.pages(max(entry.length, entry.promised or 0))
-                sessions += 1
-            if not flies and entry.parked is None and entry.length:
-                idle += 1
-            if (
-                entry.rank is None
-                and not flies
-                and (keep is not Keep.SESSIONS or entry.parked is not None)
-            ):
-                continue
-            context = max(context, tokens)
-        least, tails = promised + largest, sessions + (largest > 0)
-        if keep is Keep.LEAST:
-            return context, least, tails
-        if keep is Keep.SESSIONS:
-            count = sessions + answers + idle
-            taken = self._taken() - self.prefixes.idle - count * self.tail
-        else:
-            count = sessions + answers
-            taken = self._needed(()) - count * self.tail
-        return context, max(taken, least), max(count, tails)
-
     def limit(self, plan: Plan) -> None:
         """New limits, which leave what `needs` says of the least.
 
@@ -409,62 +327,7 @@ class Cache:
             raise
         self.context = plan.context
 
-    @property
-    def used(self) -> int:
-        """Pages in memory, those that are kept for reuse included."""
-        return self._executor.kv_pages_used
-
-    @property
-    def parked(self) -> tuple[int, int]:
-        """How many sessions and answers are on disk, and how many bytes that takes there."""
-        every = list(self._entries.values())
-        files = [file for entry in every for file in (entry.parked, entry.rest) if file is not None]
-        return sum(entry.parked is not None for entry in every), sum(file.bytes for file in files)
-
-    @property
-    def in_flight(self) -> int:
-        """How many sessions and answers have a promise."""
-        return sum(entry.promised is not None for entry in list(self._entries.values()))
-
     # --- inside
-
-    def _pages(self, tokens: int) -> int:
-        """Pages that count for `tokens` tokens of a sequence."""
-        return self._sizes.pages(tokens) + (self.tail if tokens else 0)
-
-    def _held(self, entry: _Entry) -> int:
-        """Pages that count for an entry."""
-        if entry.promised is not None:
-            return self._pages(max(entry.length, entry.promised))
-        return 0 if entry.parked is not None else self._pages(entry.length)
-
-    def _taken(self) -> int:
-        """Pages in memory, each once, and those that were promised and are not there yet."""
-        taken = self._executor.kv_pages_used
-        for entry in list(self._entries.values()):
-            taken += self._to_come(entry) + self._own_tail(entry)
-        return taken
-
-    def _own_tail(self, entry: _Entry) -> int:
-        return self.tail if entry.length and entry.parked is None else 0
-
-    def _to_come(self, entry: _Entry) -> int:
-        """Pages that were promised to an entry and are not there yet."""
-        if entry.promised is None:
-            return 0
-        there = len(entry.keys) if entry.parked is not None else self._pages(entry.length)
-        return self._held(entry) - there
-
-    def _needed(self, keep: Collection[int]) -> int:
-        """What `_taken` would be with nothing kept for reuse, and with everything idle on disk that
-        is not among `keep`."""
-        pages, others = set[int](), 0
-        for sequence, entry in self._entries.items():
-            if sequence in keep or entry.promised is not None:
-                pages.update(self._executor.pages(sequence))
-                pages.update(self.prefixes.pages(entry.keys))
-                others += self._to_come(entry) + self._own_tail(entry)
-        return len(pages) + others
 
     def _make_room(self, extra: int, keep: Collection[int]) -> bool:
         """Give up kept prefixes and park what is idle until `extra` more pages fit; False, and no
@@ -523,12 +386,12 @@ class Cache:
 
     def _empty(self, sequence: int) -> None:
         entry = self._entries[sequence]
-        _close(entry)
+        entry.close_files()
         self._executor.truncate(sequence, 0)
         self.prefixes.release(entry.keys)
         entry.keys, entry.known, entry.length, entry.level = [], [], 0, MOST_RUNGS
 
-    def _bring_back(self, sequence: int, entry: _Entry) -> None:
+    def _bring_back(self, sequence: int, entry: Entry) -> None:
         parked, entry.first = entry.parked, len(entry.keys)
         assert parked is not None
         pure = entry.state == self._state()
@@ -545,7 +408,7 @@ class Cache:
             raise ParkedLost(sequence, error) from error
         known, entry.known = entry.known, []
         if whole:
-            _close(entry)
+            entry.close_files()
         else:
             entry.parked, entry.rest = None, parked
             parked.cut(entry.length // self.page_tokens)
@@ -555,7 +418,7 @@ class Cache:
         else:
             entry.state = -1
 
-    def _deepen(self, sequence: int, entry: _Entry) -> None:
+    def _deepen(self, sequence: int, entry: Entry) -> None:
         """Bring back more of a sequence that goes on with a part of what it had."""
         assert entry.rest is not None
         try:
@@ -564,12 +427,4 @@ class Cache:
             done = True  # it stays as it is, and its answers say so
         entry.level = self.park.depth(sequence, self.level)
         if done:
-            _close(entry)
-
-
-def _close(entry: _Entry) -> None:
-    """Delete what a sequence has on disk."""
-    for file in (entry.parked, entry.rest):
-        if file is not None:
-            file.close()
-    entry.parked = entry.rest = None
+            entry.close_files()
