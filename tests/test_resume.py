@@ -27,11 +27,20 @@ from tiny import write_tiny_pack
 BITS = 6.5
 
 
-class Fixed(Rate):
-    """A rate that nothing changes."""
+class Disk:
+    """A clock on which reading takes as long as it would with so many bytes a second."""
 
-    def add(self, amount: float, seconds: float) -> None:
-        pass
+    def __init__(self) -> None:
+        self.now, self.rate = 0.0, 1e15
+        self.read = ParkedPage.read
+
+    def __call__(self) -> float:
+        return self.now
+
+    def patched(self, page: ParkedPage, *arguments: Any, **named: Any) -> Any:
+        data = self.read(page, *arguments, **named)
+        self.now += len(data) / self.rate
+        return data
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +55,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+def on_disk(model: pliant.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk()
+    monkeypatch.setattr(ParkedPage, "read", lambda *a, **n: disk.patched(*a, **n))
+    model._holdings.cache.park._clock = disk
+
+
 @pytest.fixture(params=["slices", "at once"])
 def model(
     tiny: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[pliant.Model]:
-    monkeypatch.setattr("pliant.engine.park.DEEPEN", 1e9 if request.param == "at once" else 0.0)
     with pliant.load(tiny, kv_bits=BITS) as loaded:
+        on_disk(loaded, monkeypatch)
+        if request.param == "at once":
+            park: Any = loaded._holdings.cache.park
+            deepen = park.deepen
+            monkeypatch.setattr(park, "deepen", lambda *a: deepen(*(*a, 1e9)[:5]))
         yield loaded
 
 
@@ -60,8 +79,9 @@ def slow(model: pliant.Model, pages: int, rungs: int) -> None:
     park: Any = model._holdings.cache.park
     stored = model._executor.kv_stored_bytes
     newest = stored[0]  # one is exact
-    park.rates.read = Fixed((pages * stored[rungs] + newest) / RESUME)
-    park.rates.prefill = Fixed(1e-9)
+    disk: Disk = park._clock
+    disk.rate = (pages * stored[rungs] + newest) / RESUME
+    park.rates.read, park.rates.prefill = Rate(disk.rate), Rate(1e-9)
 
 
 def away(model: pliant.Model, session: pliant.Session) -> None:
@@ -230,9 +250,22 @@ def test_whatever_happens_a_page_is_a_beginning_of_itself(
     assert model._executor.kv_pages_used == 0
 
 
-def test_no_file_is_left(tiny: Path) -> None:
+def test_a_disk_that_is_faster_than_expected_gives_all(model: pliant.Model) -> None:
+    park: Any = model._holdings.cache.park
+    with model.session() as session, model.session() as other:
+        for one in (session, other):
+            one.feed(some(200))
+        slow(model, 1, 1)
+        park._clock.rate *= 1000
+        away(model, session)
+        assert np.array_equal(session.feed([8]), other.feed([8]))
+        assert model.report().parked_bytes == 0
+
+
+def test_no_file_is_left(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with pliant.load(tiny, kv_bits=BITS) as model:
+        on_disk(model, monkeypatch)
         session = model.session()
         session.feed(some(100))
         slow(model, 3, 1)

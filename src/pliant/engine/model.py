@@ -527,7 +527,7 @@ class Model(Closing):
             self._loss += time.perf_counter() - begin
             raise StepGivenUp
         self._lost, self._loss = 0, 0.0
-        if max(counts) > 1:
+        if max(counts) >= cache.page_tokens:
             cache.park.rates.prefill.add(sum(counts), time.perf_counter() - ready)
         cache.stepped(sequences, counts)
         self._line.progress += 1

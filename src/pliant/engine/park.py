@@ -101,8 +101,9 @@ class Park:
         they were written, no more of them is read. OSError, PackError.
 
         Returns whether that is all of them. Pages that are coded come with fewer rungs if reading
-        all of these is expected to take longer than RESUME.
+        all of these takes longer than RESUME.
         """
+        start = self._clock()
         first, count = len(self._executor.pages(sequence)), -(-length // self._tokens)
         most = self._affordable(parked, range(first, count), level)
         whole = True
@@ -115,6 +116,9 @@ class Park:
             self._executor.put_page(sequence, tokens, data, rungs)
             self.rates.read.add(len(data), self._clock() - begin)
             whole = whole and rungs == page.rungs
+        left = start + RESUME - self._clock()
+        if not whole and left > 0:  # it was faster than expected
+            return self.deepen(sequence, parked, first, level, left)
         return whole
 
     def _affordable(self, parked: Parked, pages: range, level: int) -> int:
@@ -128,13 +132,15 @@ class Park:
                 return most
         return min(level, 1)
 
-    def deepen(self, sequence: int, rest: Parked, first: int, level: int) -> bool:
-        """For a short while, read on in pages that came with fewer rungs, from page `first` of the
-        sequence on, up to the level. Returns whether nothing is left to read at any level. OSError,
-        PackError.
+    def deepen(
+        self, sequence: int, rest: Parked, first: int, level: int, seconds: float = DEEPEN
+    ) -> bool:
+        """For so long, and one page in any case, read on in pages that came with fewer rungs, from
+        page `first` of the sequence on, up to the level. Returns whether nothing is left to read at
+        any level. OSError, PackError.
         """
         pages = self._executor.pages(sequence)[: len(rest)]
-        have, until = self._executor.page_rungs(pages), self._clock() + DEEPEN
+        have, until = self._executor.page_rungs(pages), self._clock() + seconds
         wanted = [
             (rung, number)
             for rung in range(2, level + 1)
@@ -148,7 +154,7 @@ class Park:
             have[number] = rung
             end = self._clock()
             self.rates.read.add(len(data), end - begin)
-            if end > until:
+            if end >= until:
                 break
         return all(have[number] == rest.rungs(number) for number in range(first, len(pages)))
 
