@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import pliant
+from fakes import AlwaysRead
 from pliant.engine.answers import Answer, Request
 from pliant.engine.page_folder import PageFolder
 from pliant.engine.sampling import Sampling
@@ -139,6 +140,7 @@ def test_pages_of_another_depth_or_pack_are_not_used(tiny: Path, tmp_path: Path)
 def test_pages_that_gave_way_come_back_in_the_same_process(tiny: Path, tmp_path: Path) -> None:
     prompts = [some(200, n) for n in range(4)]
     with pliant.load(tiny, context=256, sessions=1, park=tmp_path / "pages") as model:
+        model._holdings.cache.park.rates = AlwaysRead()
         _, counters = run(model, prompts)
         assert counters.read_tokens == 0
         report = model.report().park

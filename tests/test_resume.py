@@ -16,12 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pliant
+from fakes import AlwaysRead
+from pliant.engine.answers import Request
 from pliant.engine.kinds import DepthTrack
 from pliant.engine.park import RESUME
 from pliant.engine.parked_page import ParkedPage
-from pliant.engine.rates import Rate
+from pliant.engine.sampling import Sampling
+from pliant.engine.scheduler import Scheduler
 from pliant.errors import ChecksumError
 from test_park import some
+from test_scheduler import Desk
 from tiny import write_tiny_pack
 
 BITS = 6.5
@@ -61,27 +65,32 @@ def on_disk(model: pliant.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     model._holdings.cache.park._clock = disk
 
 
-@pytest.fixture(params=["slices", "at once"])
-def model(
-    tiny: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[pliant.Model]:
+@pytest.fixture
+def sliced(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pliant.Model]:
     with pliant.load(tiny, kv_bits=BITS) as loaded:
         on_disk(loaded, monkeypatch)
-        if request.param == "at once":
-            park: Any = loaded._holdings.cache.park
-            deepen = park.deepen
-            monkeypatch.setattr(park, "deepen", lambda *a: deepen(*(*a, 1e9)[:5]))
         yield loaded
 
 
-def slow(model: pliant.Model, pages: int, rungs: int) -> None:
-    """Lets reading be so slow that only so many rungs of so many pages come in time."""
+@pytest.fixture(params=["slices", "at once"])
+def model(
+    sliced: pliant.Model, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> pliant.Model:
+    if request.param == "at once":
+        park: Any = sliced._holdings.cache.park
+        deepen = park.deepen
+        monkeypatch.setattr(park, "deepen", lambda *a: deepen(*(*a, 1e9)[:5]))
+    return sliced
+
+
+def slow(model: pliant.Model, pages: int, rungs: int, exact: int = 1) -> None:
+    """Lets reading be so slow that only so many rungs of so many pages come in time, and `exact`
+    pages that are not coded."""
     park: Any = model._holdings.cache.park
     stored = model._executor.kv_stored_bytes
-    newest = stored[0]  # one is exact
     disk: Disk = park._clock
-    disk.rate = (pages * stored[rungs] + newest) / RESUME
-    park.rates.read, park.rates.prefill = Rate(disk.rate), Rate(1e-9)
+    disk.rate = (pages * stored[rungs] + exact * stored[0]) / RESUME
+    park.rates = AlwaysRead(disk.rate)
 
 
 def away(model: pliant.Model, session: pliant.Session) -> None:
@@ -260,6 +269,27 @@ def test_a_disk_that_is_faster_than_expected_gives_all(model: pliant.Model) -> N
         away(model, session)
         assert np.array_equal(session.feed([8]), other.feed([8]))
         assert model.report().parked_bytes == 0
+
+
+def test_answers_that_give_way_go_on_with_what_there_is(sliced: pliant.Model) -> None:
+    model = sliced
+    full = model.depth.kv_bits
+    prompts = [some(90, n) for n in range(3)]
+    model._holdings.cache.pages = 12
+    slow(model, 1, 1, exact=0)
+    desk = Desk()
+    scheduler = Scheduler(model, desk.deliver)
+    answers = scheduler.submit([
+        Request(prompt=prompt, sampling=Sampling(seed=1), max_tokens=150) for prompt in prompts
+    ])  # fmt: skip
+    scheduler.start()
+    desk.wait(*answers)
+    scheduler.close()
+    assert {len(answer.tokens) for answer in answers} == {150}
+    assert scheduler.counters.preemptions > 0
+    lowest = [answer.track.values()["kv_bits_lowest"] for answer in answers]
+    assert min(lowest) < max(lowest) == full
+    assert model.report().parked_bytes == model._executor.kv_pages_used == 0
 
 
 def test_no_file_is_left(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

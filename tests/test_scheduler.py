@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pliant
+from fakes import AlwaysRead
 from pliant.engine.answers import Answer, Piece, Request
 from pliant.engine.pace import Pace, shares
 from pliant.engine.prefixes import Prefixes, page_keys
@@ -86,6 +87,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(pack: Path) -> Iterator[pliant.Model]:
     with pliant.load(pack, sessions=4, answers=16, chat=False) as loaded:
+        loaded._holdings.cache.park.rates = AlwaysRead()
         yield loaded
 
 
