@@ -12,6 +12,7 @@ as sessions are, keeps its claim on the context, and goes on later with what it 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -22,7 +23,10 @@ from pliant.engine.seam import Executor
 from pliant.errors import EngineError, PackError
 from pliant.memory.plan import PackSizes, Plan
 
-__all__ = ["Cache", "CacheFull", "Keep", "ParkedLost", "Rank"]
+__all__ = ["RESUME", "Cache", "CacheFull", "Keep", "ParkedLost", "Rank"]
+
+RESUME = 0.25
+"""Seconds that a session waits until it goes on, where all of it would take longer."""
 
 _MOST_PARKED = 4 * 2**30
 """Bytes that answers may take on disk. What would be more is computed again."""
@@ -401,8 +405,10 @@ class Cache(Room):
             if not self.park.rates.choose(parked.bytes * pages // len(parked), tokens, pages):
                 self._empty(sequence)
                 raise ParkedLost(sequence, "computing it again is expected to be faster")
+        # What an answer of the scheduler says must not depend on whom it gave way to.
+        seconds = RESUME if entry.rank is None else math.inf
         try:
-            whole = self.park.restore(sequence, parked, entry.length, self.level)
+            whole = self.park.restore(sequence, parked, entry.length, self.level, seconds)
         except (OSError, PackError) as error:
             self._empty(sequence)
             raise ParkedLost(sequence, error) from error

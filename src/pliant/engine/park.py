@@ -3,6 +3,7 @@ in a folder, if there is one, and how fast that is."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +17,8 @@ from pliant.engine.parking import Parked
 from pliant.engine.rates import Rates
 from pliant.engine.seam import Executor
 
-__all__ = ["DEEPEN", "RESUME", "Park"]
+__all__ = ["DEEPEN", "Park"]
 
-
-RESUME = 0.25
-"""Seconds that a session waits until it goes on, where all of it would take longer."""
 
 DEEPEN = 0.01
 """Seconds of a step in which more of such a session is read; a page is in any case."""
@@ -96,16 +94,18 @@ class Park:
             raise
         return parked
 
-    def restore(self, sequence: int, parked: Parked, length: int, level: int) -> bool:
+    def restore(
+        self, sequence: int, parked: Parked, length: int, level: int, seconds: float = math.inf
+    ) -> bool:
         """Append pages to a sequence until it has `length` tokens; where the level has fallen since
         they were written, no more of them is read. OSError, PackError.
 
         Returns whether that is all of them. Pages that are coded come with fewer rungs if reading
-        all of these takes longer than RESUME.
+        all of these takes longer than `seconds`.
         """
         start = self._clock()
         first, count = len(self._executor.pages(sequence)), -(-length // self._tokens)
-        most = self._affordable(parked, range(first, count), level)
+        most = self._affordable(parked, range(first, count), level, seconds)
         whole = True
         for number in range(first, count):
             begin = self._clock()
@@ -116,19 +116,19 @@ class Park:
             self._executor.put_page(sequence, tokens, data, rungs)
             self.rates.read.add(len(data), self._clock() - begin)
             whole = whole and rungs == page.rungs
-        left = start + RESUME - self._clock()
-        if not whole and left > 0:  # it was faster than expected
+        left = start + seconds - self._clock()
+        if most < level and left > 0:  # it was faster than expected
             return self.deepen(sequence, parked, first, level, left)
         return whole
 
-    def _affordable(self, parked: Parked, pages: range, level: int) -> int:
-        """How many rungs of pages can be read in RESUME; at least one, if they are coded."""
+    def _affordable(self, parked: Parked, pages: range, level: int, seconds: float) -> int:
+        """How many rungs of pages can be read in so many seconds; at least one, if they are coded."""
         rate = self.rates.read.value
         if rate is None:
             return level
         for most in range(level, 1, -1):
             size = sum(self._stored[min(parked.rungs(number), most)] for number in pages)
-            if size <= rate * RESUME:
+            if size <= rate * seconds:
                 return most
         return min(level, 1)
 
