@@ -244,7 +244,8 @@ def test_pages_are_found_by_another_reader(folder: PageFolder) -> None:
 def test_the_limit_holds_and_the_oldest_go_first(folder: PageFolder) -> None:
     now = time.time_ns()
     keys = [put(folder, n, used=now + n) for n in range(38)]
-    folder.touch(keys[:3])
+    for key in keys[:3]:
+        assert folder.touch(key, now + 1000)
     other = PageFolder(folder.path, 10_000, ORIGIN, STORED)
     for n in range(38, 200):
         keys.append(put(folder if n % 2 else other, n, used=now + n))
@@ -253,6 +254,7 @@ def test_the_limit_holds_and_the_oldest_go_first(folder: PageFolder) -> None:
         if n == 60:
             assert folder.has(keys[1])
             assert not folder.has(keys[4])
+            assert not folder.touch(keys[4], now)
     assert folder.has(keys[-1])
     assert not folder.write(b"x" * 16, 0, np.zeros(640, np.uint8), now) or folder.bytes <= 10_000
     small = PageFolder(folder.path, 300, ORIGIN, STORED)
@@ -322,6 +324,36 @@ def test_a_full_disk_is_no_error(
     assert [record.getMessage() for record in caplog.records] == [
         f"pages cannot be written to {folder.path}: No space left on device"
     ]
+
+
+def test_a_folder_that_goes_away_is_no_error(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pliant.load(tiny, park=tmp_path / "pages") as model:
+        first = run(model, [some(100)])[0]
+        for file in (tmp_path / "pages").iterdir():
+            file.unlink()
+        (tmp_path / "pages").rmdir()
+        answers, counters = run(model, [some(100)])
+        assert answers[0].tokens == first[0].tokens
+        assert (counters.read_tokens, counters.prompt_tokens) == (0, 100)
+        assert model.report().park.lost == 3
+    assert len(caplog.records) == 1
+
+
+def test_a_disk_that_fails_removes_nothing(
+    folder: PageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = put(folder, 1)
+
+    def fail(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        assert folder.read(key, 2) is None
+    assert folder.broken == 1
+    assert folder.read(key, 2) is not None
 
 
 def test_folders_that_others_can_open_are_refused(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class ParkReport:
 
     `folder` (None: there is none) takes up to `limit` bytes, and has `bytes`. Of pages that were
     kept for reuse and had to go, `kept` are there and `lost` are not: they do not come back.
-    `broken` ones were not as they must be, and removed. For `read` pages of beginnings and sessions
+    `broken` ones could not be used. For `read` pages of beginnings and sessions
     reading was expected to be faster than computing, for `computed` ones it was not; where that is
     so in a beginning, its first such page is counted. It goes by the rates that were measured:
     `bytes_per_second` of reading, `tokens_per_second` of prompts.

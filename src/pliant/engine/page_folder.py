@@ -7,6 +7,7 @@ removed, told once, and computed again.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -63,7 +64,10 @@ class PageFolder:
 
     def has(self, key: bytes) -> bool:
         """Whether there is a file for the page."""
-        return self._path(key).is_file()
+        try:
+            return self._path(key).is_file()
+        except OSError:
+            return False
 
     def read(self, key: bytes, rungs: int) -> Page | None:
         """The bytes of a page with so many rungs, as it is stored; None if it is not there, or not
@@ -74,7 +78,7 @@ class PageFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._reject(path, error)
+            self._reject(path, error, remove=error.errno == errno.ELOOP)
             return None
         try:
             status = os.fstat(file)
@@ -87,7 +91,7 @@ class PageFolder:
                 raise FormatError(f"it has {page.rungs} rungs, and {rungs} are due")
             return page.read()
         except (OSError, PackError) as error:
-            self._reject(path, error)
+            self._reject(path, error, remove=isinstance(error, PackError))
             return None
         finally:
             os.close(file)
@@ -95,9 +99,7 @@ class PageFolder:
     def write(self, key: bytes, rungs: int, data: Page, used: int) -> bool:
         """Keep a page, which was used at `used` (nanoseconds since 1970). False: it has no room, or
         the disk refuses it."""
-        path, size = self._path(key), header_bytes(rungs) + len(data)
-        if self._touch(path, used):
-            return True
+        size = header_bytes(rungs) + len(data)
         temporary = self.path / f".{os.getpid()}-{os.urandom(8).hex()}.tmp"
         try:
             if size > self._room and not self._make_room(size):
@@ -108,33 +110,28 @@ class PageFolder:
                 os.utime(file, ns=(used, used))
             finally:
                 os.close(file)
-            temporary.rename(path)
+            temporary.rename(self._path(key))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             self._tell("written", f"pages cannot be written to {self.path}: {error.strerror}")
             return False
         self._room -= size
         self.bytes += size
         return True
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Pages were used now; those behind others go before them when room is needed."""
-        now = time.time_ns()
-        for number, key in enumerate(keys):
-            self._touch(self._path(key), now - 1000 * number)
+    def touch(self, key: bytes, used: int) -> bool:
+        """A page was used at `used`; False if it is not there."""
+        try:
+            os.utime(self._path(key), ns=(used, used), follow_symlinks=False)
+        except OSError:
+            return False
+        return True
 
     # --- inside
 
     def _path(self, key: bytes) -> Path:
         return self.path / f"{self._origin.hex()}-{key.hex()}.kv1"
-
-    @staticmethod
-    def _touch(path: Path, used: int) -> bool:
-        try:
-            os.utime(path, ns=(used, used), follow_symlinks=False)
-        except OSError:
-            return False
-        return True
 
     def _make_room(self, size: int) -> bool:
         """Look through the folder, and remove what was used longest ago until `size` more bytes
@@ -163,14 +160,14 @@ class PageFolder:
         self.bytes, self._room = total, wanted
         return True
 
-    def _reject(self, path: Path, error: Exception) -> None:
-        """Remove a file that is not as it must be, if it is of this user."""
+    def _reject(self, path: Path, error: Exception, *, remove: bool) -> None:
+        """Count a file that cannot be used; `remove` it if it is of this user."""
         self.broken += 1
         with suppress(OSError):
-            if path.lstat().st_uid == os.geteuid():
+            if remove and path.lstat().st_uid == os.geteuid():
                 path.unlink()
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        self._tell("read", f"{path} was removed, and its page is computed again: {reason}")
+        self._tell("read", f"{path} cannot be used, and its page is computed again: {reason}")
 
     def _tell(self, kind: str, text: str) -> None:
         """A line in the log, the first time."""

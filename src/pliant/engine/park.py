@@ -122,7 +122,7 @@ class Park:
         return whole
 
     def _affordable(self, parked: Parked, pages: range, level: int, seconds: float) -> int:
-        """How many rungs of pages can be read in so many seconds; at least one, if they are coded."""
+        """How many rungs of pages can be read in so many seconds; at least one of coded ones."""
         rate = self.rates.read.value
         if rate is None:
             return level
@@ -171,8 +171,10 @@ class Park:
         for number, (key, page) in enumerate(reversed(pages)):
             kept = False
             if self.folder is not None and self._clock() < self._until:
-                rungs, data = self._take(page)
-                kept = self.folder.write(key, rungs, data, used - 1000 * number)
+                when = used - 1000 * number
+                kept = self.folder.touch(key, when)
+                if not kept:
+                    kept = self.folder.write(key, *self._take(page), when)
             self.kept += kept
             self.lost += not kept
 
@@ -195,9 +197,12 @@ class Park:
         return count
 
     def used(self, keys: Sequence[bytes]) -> None:
-        """Pages that a sequence begins with were used; those that are parked stay for longer."""
-        if self.folder is not None:
-            self.folder.touch(keys)
+        """Pages that a sequence begins with were used. They stay for longer, where they are parked,
+        and those behind others go before them."""
+        now = time.time_ns()
+        for number, key in enumerate(keys):
+            if self.folder is not None:
+                self.folder.touch(key, now - 1000 * number)
 
     def _take(self, page: int) -> tuple[int, Page]:
         """The rungs of a page, and its bytes as they are stored."""
