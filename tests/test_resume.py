@@ -225,7 +225,7 @@ def test_whatever_happens_a_page_is_a_beginning_of_itself(
 ) -> None:
     """Pages have at most the rungs that the level allows, those of a page are always the first of
     what was once coded, and depths say the least of them."""
-    full = model.depth.kv_level
+    full, files = model.depth.kv_level, open_files()
     ids, made = some(600), list[bytes]()  # of each page, when it was coded
     cache = model._holdings.cache
     move(model, full)
@@ -257,6 +257,7 @@ def test_whatever_happens_a_page_is_a_beginning_of_itself(
                     assert whole[: len(one)] == one
     assert model.report().parked_bytes == 0
     assert model._executor.kv_pages_used == 0
+    assert open_files() == files
 
 
 def test_a_disk_that_is_faster_than_expected_gives_all(model: pliant.Model) -> None:
@@ -299,8 +300,12 @@ def test_answers_that_give_way_come_back_whole(sliced: pliant.Model) -> None:
     assert model.report().parked_bytes == model._executor.kv_pages_used == 0
 
 
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
 def test_no_file_is_left(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    before = open_files()
     with pliant.load(tiny, kv_bits=BITS) as model:
         on_disk(model, monkeypatch)
         session = model.session()
@@ -309,4 +314,20 @@ def test_no_file_is_left(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         away(model, session)
         session.feed([7])
         assert model.report().parked_bytes > 0
-    assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
+    assert open_files() <= before
+
+
+def test_a_short_session_parks_again(model: pliant.Model) -> None:
+    before = open_files()
+    with model.session() as session:
+        session.feed(some(100))
+        slow(model, 3, 1)
+        away(model, session)
+        session.feed([7])
+        session.rewind([*some(100)[:60], 9, 9])
+        assert len(session) == 32
+        session.rewind([5, 5])
+        session.feed([5, 5])
+        away(model, session)
+        session.feed([5])
+    assert open_files() == before

@@ -81,7 +81,7 @@ class Park:
         `rest`: what its first pages came from and was not given up. They are there already, and
         what could not be read of them yet is kept.
         """
-        parked = rest or Parked(self._stored)
+        parked = Parked(self._stored) if rest is None else rest
         there = len(parked)
         try:
             for number, page in list(enumerate(self._executor.pages(sequence)))[there:]:
