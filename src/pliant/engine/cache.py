@@ -126,7 +126,7 @@ class Cache(Room):
 
     def fetch(self, sequence: int, keys: Sequence[bytes], seconds: float) -> int:
         """Go on with those of the pages `keys` that follow and are parked in a folder, if reading
-        them is faster than computing; stops after so many seconds.
+        them is faster than computing; stops after so many seconds. EngineError as in `limit`.
 
         `keys` are those of the state that holds now, and all there is of the sequence is named by
         the first of them. Returns how many pages came.
@@ -138,9 +138,11 @@ class Cache(Room):
         extra = self._pages(len(keys) * tokens) - self._held(entry)
         if extra > 0 and not self._make_room(extra, {sequence}):
             return 0
-        count = self.park.fetch(sequence, keys[at:], self.level, until)
+        try:
+            count = self.park.fetch(sequence, keys[at:], self.level, until)
+        finally:
+            entry.length = self._executor.length(sequence)
         if count:
-            entry.length += count * tokens
             entry.state = self._state()
             self.share(sequence, keys[: at + count])
             self.park.used(keys[: at + count])

@@ -20,6 +20,7 @@ from pliant.engine.holdings import Change, Fixed, Holdings
 from pliant.engine.kinds import Depth, DepthTrack, GenerationResult, Report
 from pliant.engine.line import Line
 from pliant.engine.page_folder import PageFolder
+from pliant.engine.park import FETCH
 from pliant.engine.prefixes import page_keys
 from pliant.engine.reporting import make_report
 from pliant.engine.sampling import Sampling, new_seed
@@ -38,14 +39,10 @@ if TYPE_CHECKING:
     from pliant.engine.chat import ChatTemplate, Message
     from pliant.store import Pack
 
-__all__ = ["FETCH", "Model"]
+__all__ = ["Model"]
 
 _LOST, _LOSS = 8, 0.25
 """Steps in a row, and their seconds, that changes of the budget may cost; then one is whole."""
-
-
-FETCH = 0.02
-"""Seconds of a turn in which pages are read."""
 
 
 def _nobody(on: bool) -> None:

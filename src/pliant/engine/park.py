@@ -17,8 +17,11 @@ from pliant.engine.parking import Parked
 from pliant.engine.rates import Rates
 from pliant.engine.seam import Executor
 
-__all__ = ["DEEPEN", "Park"]
+__all__ = ["DEEPEN", "FETCH", "Park"]
 
+
+FETCH = 0.02
+"""Seconds of a turn in which pages of beginnings are read."""
 
 DEEPEN = 0.01
 """Seconds of a step in which more of such a session is read; a page is in any case."""

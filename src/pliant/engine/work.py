@@ -16,8 +16,9 @@ import numpy as np
 
 from pliant.engine.answers import Answer, Piece, Request
 from pliant.engine.cache import Cache, ParkedLost
-from pliant.engine.model import FETCH, Model
+from pliant.engine.model import Model
 from pliant.engine.pace import Pace, shares
+from pliant.engine.park import FETCH
 from pliant.engine.prefixes import page_keys
 from pliant.engine.seam import Floats
 from pliant.engine.turns import StepGivenUp
