@@ -40,10 +40,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def coded(path: Path, *, isa: str = "auto", threads: int = 2, chunk: int = 64) -> _core.Executor:
-    """An executor that codes its KV cache, with all rungs of the weights."""
+def coded(
+    path: Path, *, isa: str = "auto", threads: int = 2, chunk: int = 64, exact: bool = False
+) -> _core.Executor:
+    """An executor that codes its KV cache unless it is `exact`, with all rungs of the weights."""
     pack = Pack.open(path)
-    executor: Any = build_executor(pack, threads=threads, isa=isa, chunk=chunk, coded_kv=True)
+    executor: Any = build_executor(pack, threads=threads, isa=isa, chunk=chunk, coded_kv=not exact)
     files = RungFiles(pack)
     executor.read_rungs([files.location(rung) for rung in range(pack.rungs_available)])
     files.close()

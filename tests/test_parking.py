@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from packs import write_random_pack
 from pliant import _core
+from pliant.codec.tree import LEVELS
 from pliant.engine.parked_page import Label, ParkedPage, header_bytes, part_sizes, write_page
 from pliant.engine.parking import Parked
 from pliant.errors import ChecksumError, FormatError, UsageError
@@ -261,3 +262,51 @@ def test_the_core_gives_exact_pages_as_they_are(path: Path) -> None:
     other = executor.open_sequence()
     executor.put_page(other, 20, np.frombuffer(newest, np.uint8))
     assert page(executor, other, 0) == newest
+
+
+def test_a_page_is_decoded_by_the_document(path: Path) -> None:
+    """By hand, from what docs/parking.md, format.md and kv.md say, against the exact cache."""
+    pack = Pack.open(path)
+    model, kv = pack.manifest.model, pack.manifest.kv
+    assert kv is not None
+    ladder, plies = pack.base["kv.ladder"].tolist(), sum(kv.rungs)
+    mean, scale, order = (pack.base[f"kv.{name}"] for name in ("mean", "scale", "order"))
+    ids = some_ids(model.vocab, PAGE)
+    pages = []
+    for executor in (coded(path), coded(path, exact=True)):
+        sequence = executor.open_sequence()
+        feed(executor, sequence, ids, [PAGE])
+        pages.append(np.frombuffer(page(executor, sequence, 0), np.uint8))
+    groups, size = -(-model.head_dim // 64), model.head_dim
+    heads = model.layers * model.kv_heads
+    codes = pages[0][: heads * 2 * groups * PAGE].reshape(heads, 2, groups, PAGE)
+    planes = pages[0][codes.size :].reshape(plies, 2, 16, 4)
+    leaves = np.zeros((heads * 2 * groups * 2, PAGE, PAGE), np.int64)  # rows, columns
+    depth = np.zeros(len(leaves), np.int64)
+    for unit, plane in zip(ladder, planes, strict=True):
+        bits = (plane[..., None] >> np.arange(8)) & 1  # vector, row, column mod 4, column // 4
+        leaves[unit] = 2 * leaves[unit] + bits.transpose(0, 1, 3, 2).reshape(PAGE, PAGE)
+        depth[unit] += 1
+    turn = np.ones((1, 1))
+    for _ in range(5):
+        turn = np.block([[turn, turn], [turn, -turn]])
+    stride = -(-size // 16) * 16
+    halves = pages[1].view(np.float16)[: heads * PAGE * (size + stride)].reshape(heads, -1)
+    for head, (layer, number) in enumerate(np.ndindex(model.layers, model.kv_heads)):
+        keys = halves[head, : size * PAGE].reshape(size, PAGE)
+        values = halves[head, size * PAGE :].reshape(PAGE, stride)[:, :size].T
+        for kind, due in enumerate((keys, values)):
+            found = np.zeros((groups * 64, PAGE))
+            for half in range(2 * groups):
+                unit = (head * 2 + kind) * 2 * groups + half
+                table = np.array(LEVELS)[2 ** depth[unit] - 2 :]
+                levels = table[leaves[unit]] if depth[unit] else np.zeros((PAGE, PAGE))
+                of_token = levels.T if kind == 0 else levels  # [channel][token]
+                steps = 2.0 ** ((codes[head, kind, half // 2].astype(float) - 160) / 8)
+                found[half * 32 : half * 32 + 32] = turn @ (of_token * steps) / 32**0.5
+            at = order[layer, number, kind].astype(int)
+            back = np.empty((size, PAGE))
+            back[at] = found[:size] / scale[layer, number, kind, at][:, None]
+            back += mean[layer, number, kind][:, None]
+            error = np.sqrt(np.mean((back - due) ** 2) / np.mean(np.square(due, dtype=float)))
+            assert error < 0.02
