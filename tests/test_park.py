@@ -117,6 +117,39 @@ def test_generate_and_other_processes_use_the_same_pages(tiny: Path, tmp_path: P
         assert model.report().park.read == 6
 
 
+def test_two_processes_share_a_folder(tiny: Path, tmp_path: Path) -> None:
+    """With so little room that pages of one leave while the other writes and reads."""
+    prompts = [some(200, n) for n in range(6)]
+    code = f"""
+        import pliant
+        with pliant.load({str(tiny)!r}, context=256, park={str(tmp_path / "pages")!r},
+                         park_limit=20 * {2 * 4 * 64 * 32 * 2 * 2}) as model:
+            for turn in range(3):
+                for prompt in {prompts!r}:
+                    made = model.generate(prompt, max_tokens=3, ignore_eos=True, seed=1)
+                    list(made)
+                    print(*made.result.tokens)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    env = {**os.environ, "PYTHONPATH": str(Path(pliant.__file__).parents[1])}
+    both = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
+        for _ in range(2)
+    ]
+    found = [process.communicate(timeout=100) for process in both]
+    with pliant.load(tiny) as model:
+        expected = []
+        for prompt in prompts:
+            made = model.generate(prompt, max_tokens=3, ignore_eos=True, seed=1)
+            list(made)
+            expected.append(made.result.tokens)
+    lines = "".join(" ".join(map(str, tokens)) + "\n" for tokens in expected) * 3
+    assert found == [(lines, ""), (lines, "")]
+    assert 0 < len(list((tmp_path / "pages").iterdir())) <= 22
+
+
 def test_pages_of_another_depth_or_pack_are_not_used(tiny: Path, tmp_path: Path) -> None:
     where, ids = tmp_path / "pages", some(200)
     other = write_tiny_pack(tmp_path / "other.pack", least=4, head_dim=64, hidden=256, layers=4)

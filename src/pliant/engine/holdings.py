@@ -24,7 +24,7 @@ __all__ = ["Change", "Fixed", "Holdings"]
 
 Fixed = tuple[tuple[str, int], ...]
 
-_PARKING = 0.02
+_PARKING = 0.01
 """Seconds that a change of the budget may take to write pages that it gives up."""
 
 _RESERVED = ("logits", "margin", "weights", "kv")  # not in memory at first
