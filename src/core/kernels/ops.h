@@ -5,10 +5,15 @@
 
 namespace pliant {
 
+inline void fetch(const Ahead& ahead) {
+    for (int i = 0; i < ahead.bytes; i += 64) __builtin_prefetch(ahead.from + i);
+}
+
 namespace plain {
 void fill_ops(Kernels& kernels);
 void fill_attention(Kernels& kernels);
 void fill_coding(Kernels& kernels);
+void attend_coded(const CodedAttention& attention);
 void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
 void coded_row(const CodedBlock& block, const LevelTables& levels, int row, const uint16_t* order,
@@ -19,6 +24,7 @@ namespace avx2 {
 void fill_ops(Kernels& kernels);
 void fill_attention(Kernels& kernels);
 void fill_coding(Kernels& kernels);
+void attend_coded(const CodedAttention& attention);
 void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
 }  // namespace avx2
@@ -27,6 +33,7 @@ namespace avx512 {
 void fill_ops(Kernels& kernels);
 void fill_attention(Kernels& kernels);
 void fill_coding(Kernels& kernels);
+void attend_coded(const CodedAttention& attention);
 void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
 }  // namespace avx512

@@ -2,9 +2,12 @@
 // is the same IEEE operation in each of them, so kernels built on it give the same bits everywhere.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "../coded.h"
 
 #if defined(PLIANT_AVX512)
 #include <immintrin.h>
@@ -67,6 +70,18 @@ inline V load_bf16(const uint16_t* p) {
 }
 inline void store_int(int32_t* p, V a) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(a.v)); }
 inline V load_int(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+inline void store_bytes(int8_t* p, V a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+inline V kv_scales(const uint8_t* codes) {
+    const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m512i octave = _mm512_castps_si512(
+        _mm512_permutexvar_ps(_mm512_and_si512(code, _mm512_set1_epi32(7)),
+                              _mm512_broadcast_f32x8(_mm256_loadu_ps(kKvScales))));
+    return {_mm512_castsi512_ps(
+        _mm512_add_epi32(octave, _mm512_slli_epi32(_mm512_srli_epi32(code, 3), 23)))};
+}
 template <int S>
 inline V butterfly(V a) {  // lanes i, i ^ S: sum in the lower, difference in the upper
     __m512 swapped;
@@ -156,6 +171,23 @@ inline V load_int(const int32_t* p) {
         return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
     };
     return {part(p), part(p + 8)};
+}
+inline void store_bytes(int8_t* p, V x) {
+    const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
+    const __m128i low = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i high = _mm_packs_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, high));
+}
+inline V kv_scales(const uint8_t* codes) {
+    const __m256 octave = _mm256_loadu_ps(kKvScales);
+    const auto part = [&](const uint8_t* c) {
+        const __m256i code =
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(c)));
+        return _mm256_castsi256_ps(_mm256_add_epi32(  // the index is taken by its low three bits
+            _mm256_castps_si256(_mm256_permutevar8x32_ps(octave, code)),
+            _mm256_slli_epi32(_mm256_srli_epi32(code, 3), 23)));
+    };
+    return {part(codes), part(codes + 8)};
 }
 template <int S>
 inline V butterfly(V x) {
@@ -257,6 +289,10 @@ inline void store_int(int32_t* p, const V& a) {
         p[i] = f >= -2147483648.0f && f < 2147483648.0f ? static_cast<int32_t>(f) : INT32_MIN;
     }
 }
+inline void store_bytes(int8_t* p, const V& a) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(std::nearbyintf(a.f[i]));
+}
+inline V kv_scales(const uint8_t* codes) { PLIANT_EACH(kKvScales[codes[i]]); }
 template <int S>
 inline V butterfly(const V& a) {
     PLIANT_EACH((i & S) ? a.f[i ^ S] - a.f[i] : a.f[i ^ S] + a.f[i]);
@@ -266,6 +302,10 @@ inline V butterfly(const V& a) {
 #endif
 
 inline V zero() { return set1(0.0f); }
+
+// Whether values up to this peak can be coded as integers relative to it. Nothing, or no numbers,
+// must not become integers.
+inline bool can_be_coded(float peak) { return peak > 1e-30f && peak <= FLT_MAX; }
 
 // Folds the lanes, always in the same order: halves are brought together, four times.
 #if defined(PLIANT_AVX512) || defined(PLIANT_AVX2)

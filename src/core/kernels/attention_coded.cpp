@@ -1,0 +1,197 @@
+// Attention over pages of the KV cache in plies (docs/kv.md). Compiled once for each instruction
+// set (see simd.h).
+//
+// A part of the positions goes through three loops, as with exact pages. The first and the last
+// take a few pages at a time: a unit of all of them is multiplied in one call, while what comes
+// after them is fetched, a portion with every page.
+#include <algorithm>
+
+#include "attention.h"
+#include "ops.h"
+
+namespace pliant::PLIANT_ISA {
+
+namespace {
+
+constexpr int kBlock = 4;  // pages that are taken together
+
+// Whole numbers of a block: [pages][queries][kHalf].
+struct Products {
+    alignas(64) int32_t of[kBlock * kMaxQueries * kHalf];
+    bool some = false;  // of a unit without plies there are none
+};
+
+// Some pages of the same depths.
+struct Block {
+    const uint8_t* slot[kBlock];
+    const SlotMap* map;
+    int first, pages;
+};
+
+// What a head has in a slot lies together: codes of keys and values, plies of keys, plies of
+// values. So it is two regions: the first is read for the scores, the second for the values.
+struct Region {
+    const uint8_t* begin;
+    int bytes;
+};
+
+class Coded {
+  public:
+    explicit Coded(const CodedAttention& a) : a_(a), seen_(a) {}
+
+    void run() {
+        const int count = seen_.count();
+        for (int at = 0; at < count;) at += scores(block(at));
+        for (int q = 0; q < a_.queries; ++q) {
+            soften(scores_.p[q], count, seen_.begin * kPageTokens, a_.position[q], a_.window,
+                   a_.softcap, a_.out[q]);
+            std::fill(a_.out[q].values, a_.out[q].values + a_.groups * kGroup, 0.0f);
+        }
+        for (int at = 0; at < count;) at += values(block(at));
+    }
+
+  private:
+    // The block that begins with that page of those that are seen.
+    Block block(int at) const {
+        const int first = seen_.begin - a_.first_page + at, count = seen_.count();
+        Block b{{}, a_.map + first, at, 0};
+        for (; b.pages < kBlock && at + b.pages < count; ++b.pages) {
+            if (a_.map[first + b.pages].depths != b.map->depths) break;
+            b.slot[b.pages] = a_.slot[first + b.pages];
+        }
+        return b;
+    }
+
+    Region region(int page, bool value) const {
+        const int at = seen_.begin - a_.first_page + page;
+        const SlotMap& map = a_.map[at];
+        const int last = a_.values + 2 * a_.groups - 1;
+        const uint32_t begin = value ? map.plies[a_.values] : map.codes[a_.keys / 2];
+        const uint32_t end = value ? map.plies[last] + map.depths[last] * kUnitPly
+                                   : map.plies[a_.values];
+        return {a_.slot[at] + begin, static_cast<int>(end - begin)};
+    }
+
+    // What is read kBlock pages after each of a block, in portions for the calls.
+    void plan_ahead(const Block& b, bool value, int calls) {
+        const int count = seen_.count();
+        for (int i = 0; i < b.pages; ++i) {
+            const int page = b.first + i + kBlock;
+            if (page < count)
+                ahead_[i] = region(page, value);
+            else if (!value && page - count < count)
+                ahead_[i] = region(page - count, true);
+            else
+                ahead_[i] = {nullptr, 0};
+            portion_[i] = (ahead_[i].bytes / calls + 63) / 64 * 64;
+        }
+    }
+
+    // The product of a unit of the block with vectors of int8.
+    void multiply(const Block& b, int unit, const int8_t* x, size_t x_stride, const int32_t* sum,
+                  Products& out) {
+        const uint8_t* plies[kBlock];
+        Ahead ahead[kBlock];
+        for (int i = 0; i < b.pages; ++i) {
+            plies[i] = b.slot[i] + b.map->plies[unit];
+            ahead[i] = {ahead_[i].begin, std::min(portion_[i], ahead_[i].bytes)};
+            ahead_[i].begin += ahead[i].bytes;
+            ahead_[i].bytes -= ahead[i].bytes;
+        }
+        const int depth = b.map->depths[unit];
+        out.some = depth > 0;
+        if (out.some)
+            page_product(
+                {plies, ahead, b.pages, depth, a_.levels, a_.queries, x, x_stride, sum, out.of});
+    }
+
+    // The scores with a block of pages; returns how many they are.
+    int scores(const Block& b) {
+        plan_ahead(b, false, 2 * a_.groups);
+        for (int g = 0; g < a_.groups; ++g) {
+            const int unit = a_.keys + 2 * g;
+            for (int half = 0; half < 2; ++half) {
+                const int at = (2 * g + half) * kMaxQueries;
+                multiply(b, unit + half, a_.q->x + at * kHalf, 0, a_.q->sum + at, products_[half]);
+            }
+            for (int i = 0; i < b.pages; ++i) {
+                const uint8_t* codes = b.slot[i] + b.map->codes[unit / 2];
+                const V scale0 = kv_scales(codes), scale1 = kv_scales(codes + kLanes);
+                for (int q = 0; q < a_.queries; ++q) {
+                    float* p = scores_.p[q] + (b.first + i) * kPageTokens;
+                    V first = set1(a_.q->mean[q]), second = first;
+                    if (g > 0) first = load(p), second = load(p + kLanes);
+                    for (int half = 0; half < 2; ++half) {
+                        if (!products_[half].some) continue;
+                        const int32_t* x = products_[half].of + (i * a_.queries + q) * kHalf;
+                        const V factor = set1(a_.q->scale[g * kMaxQueries + q] *
+                                              a_.levels->scale[b.map->depths[unit + half]]);
+                        first = fma(mul(load_int(x), scale0), factor, first);
+                        second = fma(mul(load_int(x + kLanes), scale1), factor, second);
+                    }
+                    store(p, first);
+                    store(p + kLanes, second);
+                }
+            }
+        }
+        return b.pages;
+    }
+
+    // Adds the weighted values of a block of pages.
+    int values(const Block& b) {
+        plan_ahead(b, true, 2 * a_.groups);
+        alignas(64) int8_t x[kBlock * kMaxQueries * kHalf];
+        float factors[kBlock * kMaxQueries];
+        for (int g = 0; g < a_.groups; ++g) {
+            const int unit = a_.values + 2 * g;
+            for (int i = 0; i < b.pages; ++i) {
+                const uint8_t* codes = b.slot[i] + b.map->codes[unit / 2];
+                const V scale0 = kv_scales(codes), scale1 = kv_scales(codes + kLanes);
+                for (int q = 0; q < a_.queries; ++q) {
+                    const float* p = scores_.p[q] + (b.first + i) * kPageTokens;
+                    const V w0 = mul(load(p), scale0), w1 = mul(load(p + kLanes), scale1);
+                    const float peak = largest(max(w0, w1));  // none is negative
+                    const int at = i * a_.queries + q;
+                    const V factor = set1(can_be_coded(peak) ? 127.0f / peak : 0.0f);
+                    store_bytes(x + at * kHalf, mul(w0, factor));
+                    store_bytes(x + at * kHalf + kLanes, mul(w1, factor));
+                    factors[at] = peak * (1.0f / 127.0f);
+                }
+            }
+            for (int half = 0; half < 2; ++half) {
+                Products& products = products_[half];
+                multiply(b, unit + half, x, static_cast<size_t>(a_.queries) * kHalf, nullptr,
+                         products);
+                if (!products.some) continue;
+                const float level = a_.levels->scale[b.map->depths[unit + half]];
+                for (int q = 0; q < a_.queries; ++q) {
+                    float* to = a_.out[q].values + g * kGroup + half * kHalf;
+                    V first = load(to), second = load(to + kLanes);
+                    for (int i = 0; i < b.pages; ++i) {
+                        const int at = i * a_.queries + q;
+                        const int32_t* product = products.of + at * kHalf;
+                        const V factor = set1(factors[at] * level);
+                        first = fma(load_int(product), factor, first);
+                        second = fma(load_int(product + kLanes), factor, second);
+                    }
+                    store(to, first);
+                    store(to + kLanes, second);
+                }
+            }
+        }
+        return b.pages;
+    }
+
+    const CodedAttention& a_;
+    const Seen<CodedAttention> seen_;
+    Scores scores_;
+    Products products_[2];
+    Region ahead_[kBlock];
+    int portion_[kBlock];
+};
+
+}  // namespace
+
+void attend_coded(const CodedAttention& a) { Coded(a).run(); }
+
+}  // namespace pliant::PLIANT_ISA
