@@ -196,7 +196,7 @@ void Forward::attention(Worker& w, int l) {
     block(
         w, tokens_,
         [&](int t, bool) {
-            if (alone_) mean_of_parts(w.in.row(t));
+            if (alone_) mean_of_parts(l, w.in.row(t));
             code(w, t, w.in.row(t), {&layer.o});
         },
         (rows + piece - 1) / piece,
@@ -366,102 +366,120 @@ void Forward::load_query(int l, int t, int head, float* to) const {
     for (int i = 0; i < m_.head_dim; ++i) to[i] *= m_.attn_scale;
 }
 
+// The queries of a task, as they are and for coded pages. A thread that goes on with other positions
+// has them already.
+void Forward::load_queries(Worker& w, int l, const AttentionTask& task) {
+    if (task.part >= 0 && w.layer == l && w.kv_head == task.kv_head && w.query == task.first) return;
+    const AttentionRoom& room = at(b_.attention, w.self);
+    const KvLadder& ladder = e_.kv.ladder;
+    for (int q = task.first; q < task.last; ++q) {
+        const int slot = q - task.first;
+        load_query(l, q / group_, task.kv_head * group_ + q % group_, room.query(slot));
+        if (ladder.present())
+            kernels_.turn_query(ladder.turn(l, task.kv_head, false), m_.head_dim, ladder.groups(),
+                                room.query(slot), slot, room.coded());
+    }
+    w.layer = l;
+    w.kv_head = task.kv_head;
+    w.query = task.first;
+}
+
 void Forward::attend(Worker& w, int l, const AttentionTask& task) {
     AttentionRoom& room = at(b_.attention, w.self);
+    const KvLadder& ladder = e_.kv.ladder;
+    const bool coded = ladder.present(), alone = task.part >= 0;
+    load_queries(w, l, task);
     const float* queries[kMaxQueries];
     int positions[kMaxQueries];
     int latest = 0;
     const int sequence = at(chunk_, task.first / group_).sequence;
     for (int q = task.first; q < task.last; ++q) {
-        const int t = q / group_, slot = q - task.first;
-        float* query = room.query(slot);
-        load_query(l, t, task.kv_head * group_ + q % group_, query);
-        queries[slot] = query;
-        positions[slot] = at(chunk_, t).position;
+        const int slot = q - task.first;
+        queries[slot] = room.query(slot);
+        positions[slot] = at(chunk_, q / group_).position;
         latest = std::max(latest, positions[slot]);
     }
     const int window = at(m_.layer_window, l), count = task.last - task.first;
-    const int last_part = task.part < 0 ? latest / kPartTokens : task.part;
+    const int last_part = alone ? task.part : latest / kPartTokens;
     const int seen = window > 0 ? std::max(0, positions[0] - window + 1) : 0;
-    const int first_part = task.part < 0 ? seen / kPartTokens : task.part;
-    const bool newest = singles_ && last_part == latest / kPartTokens;
-    if (newest) append(l, task.first / group_, task.kv_head);
+    const int first_part = alone ? task.part : seen / kPartTokens;
+    const bool newest = last_part == latest / kPartTokens;
+    if (newest && singles_) append(l, task.first / group_, task.kv_head);
 
-    if (e_.kv.ladder.present()) {
-        const Turn turn = e_.kv.ladder.turn(l, task.kv_head, false);
-        for (int slot = 0; slot < count; ++slot)
-            kernels_.turn_query(turn, m_.head_dim, e_.kv.ladder.groups(), queries[slot], slot,
-                                room.coded());
-    }
+    // With a ladder all pages before the newest are coded, and added up as they are, turned.
+    const int pages = coded ? coded_pages(sequence, latest) : latest / kPageTokens + 1;
+    const int dims = coded ? ladder.groups() * kGroup : m_.head_dim;
+    const Pages of{l, task.kv_head, sequence, count, queries, positions, window};
+    const auto head = [&](int slot) { return task.kv_head * group_ + (task.first + slot) % group_; };
+    Attended drawn[kMaxQueries];
     for (int part = first_part; part <= last_part; ++part) {
-        Attended drawn[kMaxQueries];
-        for (int slot = 0; slot < count; ++slot) {
-            const int head = task.kv_head * group_ + (task.first + slot) % group_;
-            drawn[slot] = task.part >= 0       ? b_.part(head, part)
+        for (int slot = 0; slot < count; ++slot)
+            drawn[slot] = alone                ? b_.part(head(slot), part)
                           : part == first_part ? room.sum(slot)
                                                : room.more(slot);
-        }
-        attend_part(w, l, task.kv_head, sequence, part, count, queries, positions, latest, drawn);
+        const int begin = part * kPartPages;
+        const int end = std::max(begin, std::min(pages, begin + kPartPages));
+        coded ? attend_coded(w, of, begin, end, drawn) : attend_exact(w, of, begin, end, drawn);
         if (part > first_part)
             for (int slot = 0; slot < count; ++slot)
-                kernels_.attend_more(room.more(slot), m_.head_dim, room.sum(slot));
+                kernels_.attend_more(room.more(slot), dims, room.sum(slot));
     }
-    if (newest)
+    if (coded && newest) {
+        for (int slot = 0; slot < count; ++slot)
+            drawn[slot] = alone ? b_.newest(head(slot)) : room.more(slot);
+        attend_exact(w, of, pages, latest / kPageTokens + 1, drawn);
         for (const FullPage& full : full_)
-            if (full.sequence == sequence) code_page(l, task.kv_head, full);
-    if (task.part >= 0) return;
-    for (int q = task.first; q < task.last; ++q) {
-        const int head = task.kv_head * group_ + q % group_;
-        kernels_.attend_mean(room.sum(q - task.first), m_.head_dim,
-                             b_.input.row(q / group_) + head * m_.head_dim);
+            if (singles_ && full.sequence == sequence) code_page(l, task.kv_head, full);
+    }
+    if (alone) return;
+    for (int slot = 0; slot < count; ++slot) {
+        if (coded) with_newest(l, task.kv_head, room.sum(slot), room.more(slot));
+        kernels_.attend_mean(room.sum(slot), m_.head_dim,
+                             b_.input.row((task.first + slot) / group_) + head(slot) * m_.head_dim);
     }
 }
 
-// One part of the positions: coded pages, then exact ones, which with a ladder is the newest alone.
-void Forward::attend_part(Worker& w, int l, int kv_head, int sequence, int part, int count,
-                          const float* const* queries, const int* positions, int latest,
-                          const Attended* drawn) {
-    AttentionRoom& room = at(b_.attention, w.self);
-    const KvLadder& ladder = e_.kv.ladder;
-    const int window = at(m_.layer_window, l), newest = latest / kPageTokens;
-    const int begin = part * kPartPages, end = std::min(newest + 1, begin + kPartPages);
-    // How many pages are seen coded.
+// How many pages a token sees coded.
+int Forward::coded_pages(int sequence, int position) const {
+    const int newest = position / kPageTokens;
     const bool all =
         e_.kv.code_newest && !singles_ && (newest + 1) * kPageTokens <= e_.kv.length(sequence);
-    const int coded = newest + (all ? 1 : 0);
-    const int exact = ladder.present() ? std::max(begin, std::min(end, coded)) : begin;
-    if (begin < exact) {
-        const std::vector<int>& pages = e_.kv.pages(sequence);
-        w.slots.clear();
-        w.maps.clear();
-        for (int page = begin; page < exact; ++page) {
-            w.slots.push_back(e_.kv.slot(at(pages, page)));
-            w.maps.push_back(ladder.map(e_.kv.rungs(at(pages, page))));
-        }
-        const CodedQueries coded_queries = room.coded();
-        kernels_.attend_coded({ladder.groups(), count, &coded_queries, positions, window, begin,
-                               exact - begin, w.slots.data(), w.maps.data(),
-                               ladder.unit(l, kv_head, false), ladder.unit(l, kv_head, true),
-                               &e_.weights.levels, m_.attn_softcap, drawn});
-        for (int slot = 0; slot < count; ++slot)
-            kernels_.turn_back(ladder.turn(l, kv_head, true), m_.head_dim, ladder.groups(),
-                               drawn[slot]);
-        if (exact == end) return;
+    return newest + (all ? 1 : 0);
+}
+
+void Forward::attend_coded(Worker& w, const Pages& of, int begin, int end, const Attended* drawn) {
+    const KvLadder& ladder = e_.kv.ladder;
+    const std::vector<int>& pages = e_.kv.pages(of.sequence);
+    w.slots.clear();
+    w.maps.clear();
+    for (int page = begin; page < end; ++page) {
+        w.slots.push_back(e_.kv.slot(at(pages, page)));
+        w.maps.push_back(ladder.map(e_.kv.rungs(at(pages, page))));
     }
+    const CodedQueries queries = at(b_.attention, w.self).coded();
+    kernels_.attend_coded({ladder.groups(), of.queries, &queries, of.positions, of.window, begin,
+                           end - begin, w.slots.data(), w.maps.data(),
+                           ladder.unit(of.layer, of.kv_head, false),
+                           ladder.unit(of.layer, of.kv_head, true), &e_.weights.levels,
+                           m_.attn_softcap, drawn});
+}
+
+void Forward::attend_exact(Worker& w, const Pages& of, int begin, int end, const Attended* drawn) {
     w.keys.clear();
     w.values.clear();
-    for (int page = exact; page < end; ++page) {
-        w.keys.push_back(e_.kv.keys(sequence, page, l, kv_head));
-        w.values.push_back(e_.kv.values(sequence, page, l, kv_head));
+    for (int page = begin; page < end; ++page) {
+        w.keys.push_back(e_.kv.keys(of.sequence, page, of.layer, of.kv_head));
+        w.values.push_back(e_.kv.values(of.sequence, page, of.layer, of.kv_head));
     }
-    Attended newer[kMaxQueries];
-    for (int slot = 0; slot < count; ++slot)
-        newer[slot] = begin < exact ? room.newest(slot) : drawn[slot];
-    kernels_.attend({m_.head_dim, count, queries, positions, window, exact, end - exact,
-                     w.keys.data(), w.values.data(), m_.attn_softcap, newer});
-    if (begin < exact)
-        for (int slot = 0; slot < count; ++slot)
-            kernels_.attend_more(newer[slot], m_.head_dim, drawn[slot]);
+    kernels_.attend({m_.head_dim, of.queries, of.q, of.positions, of.window, begin, end - begin,
+                     w.keys.data(), w.values.data(), m_.attn_softcap, drawn});
+}
+
+// Turns back what was drawn from all coded pages, and adds what was drawn from the exact one.
+void Forward::with_newest(int l, int kv_head, const Attended& sum, const Attended& newest) const {
+    const KvLadder& ladder = e_.kv.ladder;
+    kernels_.turn_back(ladder.turn(l, kv_head, true), m_.head_dim, ladder.groups(), sum);
+    kernels_.attend_more(newest, m_.head_dim, sum);
 }
 
 void Forward::code_page(int l, int kv_head, const FullPage& full) {
@@ -476,8 +494,10 @@ void Forward::code_page(int l, int kv_head, const FullPage& full) {
 }
 
 // The output of all heads of the only token: [heads · head_dim].
-void Forward::mean_of_parts(float* out) const {
+void Forward::mean_of_parts(int l, float* out) const {
     const int parts = at(chunk_, 0).position / kPartTokens + 1;
+    const bool coded = e_.kv.ladder.present();
+    const int dims = coded ? e_.kv.ladder.groups() * kGroup : m_.head_dim;
     for (int head = 0; head < m_.heads; ++head) {
         // The first part itself must stay as it is: other threads add up the same.
         alignas(64) float values[kMaxHeadDim];
@@ -486,7 +506,8 @@ void Forward::mean_of_parts(float* out) const {
         std::copy_n(first.values, b_.padded_head(), values);
         const Attended sum{&best, &total, values};
         for (int part = 1; part < parts; ++part)
-            kernels_.attend_more(b_.part(head, part), m_.head_dim, sum);
+            kernels_.attend_more(b_.part(head, part), dims, sum);
+        if (coded) with_newest(l, head / group_, sum, b_.newest(head));
         kernels_.attend_mean(sum, m_.head_dim, out + head * m_.head_dim);
     }
 }

@@ -35,6 +35,7 @@ class Forward {
         InputBuffer& in;   // of matrices: everybody's, or its own
         int residual = 0;  // which of the two is up to date
         size_t phase = 0;  // the next one
+        int layer = -1, kv_head = -1, query = -1;  // whose queries are in its room
         // Pages of one task.
         std::vector<const uint16_t*> keys = {}, values = {};
         std::vector<const uint8_t*> slots = {};
@@ -47,6 +48,13 @@ class Forward {
         int part;  // or -1: all
     };
 
+    // Whose pages are looked at, and by which queries.
+    struct Pages {
+        int layer, kv_head, sequence, queries;
+        const float* const* q;
+        const int* positions;
+        int window;
+    };
     // A page that this chunk fills: it is coded, layer by layer.
     struct FullPage {
         int sequence, page;
@@ -74,12 +82,14 @@ class Forward {
     int grain(int supertiles) const;
     void append(int l, int t, int kv_head);
     void load_query(int l, int t, int head, float* to) const;
+    void load_queries(Worker& w, int l, const AttentionTask& task);
     void attend(Worker& w, int l, const AttentionTask& task);
-    void attend_part(Worker& w, int l, int kv_head, int sequence, int part, int count,
-                     const float* const* queries, const int* positions, int latest,
-                     const Attended* drawn);
+    int coded_pages(int sequence, int position) const;
+    void attend_coded(Worker& w, const Pages& of, int begin, int end, const Attended* drawn);
+    void attend_exact(Worker& w, const Pages& of, int begin, int end, const Attended* drawn);
+    void with_newest(int l, int kv_head, const Attended& sum, const Attended& newest) const;
     void code_page(int l, int kv_head, const FullPage& full);
-    void mean_of_parts(float* out) const;
+    void mean_of_parts(int l, float* out) const;
     void head_rows(const Worker& w, int first, int last);
 
     Executor& e_;
