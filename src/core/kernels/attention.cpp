@@ -70,7 +70,7 @@ void attend_some(const Attention& a) {
         RowSums<Q> page;
         page.clear();
         for (int d = 0; d < dims; ++d, key += kPageTokens, next += kPageTokens) {
-            __builtin_prefetch(next);
+            __builtin_prefetch(next, 0, 1);
             page.add(load_half(key), load_half(key + kLanes), a.q, d);
         }
         page.write(scores.p, i * kPageTokens);
@@ -90,7 +90,7 @@ void attend_some(const Attention& a) {
             drawn.read(a.out, d, e);
             const uint16_t* value = v[i];
             for (int j = 0; j < tokens; ++j, value += padded, next += kPair) {
-                __builtin_prefetch(next);
+                __builtin_prefetch(next, 0, 1);
                 drawn.add(load_half(value + d), load_half(value + e), weights, j);
             }
             drawn.write(a.out, d, e);
@@ -121,12 +121,16 @@ void attend(const Attention& a) {
 
 void attend_more(const Attended& more, int dims, const Attended& sum) {
     if (*more.total == 0.0f) return;
-    const float best = std::max(*sum.best, *more.best);
-    const V before = exp(set1(*sum.best - best)), after = exp(set1(*more.best - best));
-    *sum.best = best;
-    *sum.total = std::fmaf(*sum.total, first_lane(before), *more.total * first_lane(after));
+    // What has the larger score stays as it is.
+    const bool larger = *more.best > *sum.best;
+    const float less = larger ? *sum.best - *more.best : *more.best - *sum.best;
+    const float factor = first_lane(exp(set1(less)));
+    const float before = larger ? factor : 1.0f, after = larger ? 1.0f : factor;
+    if (larger) *sum.best = *more.best;
+    *sum.total = std::fmaf(*sum.total, before, *more.total * after);
+    const V kept = set1(before), added = set1(after);
     for (int d = 0; d < dims; d += kLanes)
-        store(sum.values + d, fma(load(sum.values + d), before, mul(load(more.values + d), after)));
+        store(sum.values + d, fma(load(sum.values + d), kept, mul(load(more.values + d), added)));
 }
 
 void attend_mean(const Attended& sum, int dims, float* out) {

@@ -15,24 +15,11 @@ namespace {
 
 constexpr int kBlock = 4;  // pages that are taken together
 
-// Whole numbers of a block: [pages][queries][kHalf].
-struct Products {
-    alignas(64) int32_t of[kBlock * kMaxQueries * kHalf];
-    bool some = false;  // of a unit without plies there are none
-};
-
 // Some pages of the same depths.
 struct Block {
     const uint8_t* slot[kBlock];
     const SlotMap* map;
     int first, pages;
-};
-
-// What a head has in a slot lies together: codes of keys and values, plies of keys, plies of
-// values. So it is two regions: the first is read for the scores, the second for the values.
-struct Region {
-    const uint8_t* begin;
-    int bytes;
 };
 
 class Coded {
@@ -62,7 +49,9 @@ class Coded {
         return b;
     }
 
-    Region region(int page, bool value) const {
+    // What a head has in a slot lies together: codes of keys and values, plies of keys, plies of
+    // values. Up to the plies of values it is read for the scores, and then the rest.
+    Ahead region(int page, bool value) const {
         const int at = seen_.begin - a_.first_page + page;
         const SlotMap& map = a_.map[at];
         const int last = a_.values + 2 * a_.groups - 1;
@@ -89,48 +78,56 @@ class Coded {
 
     // The product of a unit of the block with vectors of int8.
     void multiply(const Block& b, int unit, const int8_t* x, size_t x_stride, const int32_t* sum,
-                  Products& out) {
+                  int32_t* out) {
         const uint8_t* plies[kBlock];
         Ahead ahead[kBlock];
         for (int i = 0; i < b.pages; ++i) {
             plies[i] = b.slot[i] + b.map->plies[unit];
-            ahead[i] = {ahead_[i].begin, std::min(portion_[i], ahead_[i].bytes)};
-            ahead_[i].begin += ahead[i].bytes;
+            ahead[i] = {ahead_[i].from, std::min(portion_[i], ahead_[i].bytes)};
+            ahead_[i].from += ahead[i].bytes;
             ahead_[i].bytes -= ahead[i].bytes;
         }
         const int depth = b.map->depths[unit];
-        out.some = depth > 0;
-        if (out.some)
+        if (depth > 0)
             page_product(
-                {plies, ahead, b.pages, depth, a_.levels, a_.queries, x, x_stride, sum, out.of});
+                {plies, ahead, b.pages, depth, a_.levels, a_.queries, x, x_stride, sum, out});
+        else
+            std::fill_n(out, b.pages * a_.queries * kHalf, 0);
     }
+
+    // The scales of a group of the block, two vectors for each page.
+    void read_scales(const Block& b, int unit, V* scales) const {
+        for (int i = 0; i < b.pages; ++i) {
+            const uint8_t* codes = b.slot[i] + b.map->codes[unit / 2];
+            scales[2 * i] = kv_scales(codes);
+            scales[2 * i + 1] = kv_scales(codes + kLanes);
+        }
+    }
+
+    float level(const Block& b, int unit) const { return a_.levels->scale[b.map->depths[unit]]; }
 
     // The scores with a block of pages; returns how many they are.
     int scores(const Block& b) {
         plan_ahead(b, false, 2 * a_.groups);
+        const int queries = a_.queries;
+        V scales[2 * kBlock];
         for (int g = 0; g < a_.groups; ++g) {
-            const int unit = a_.keys + 2 * g;
-            for (int half = 0; half < 2; ++half) {
-                const int at = (2 * g + half) * kMaxQueries;
-                multiply(b, unit + half, a_.q->x + at * kHalf, 0, a_.q->sum + at, products_[half]);
-            }
-            for (int i = 0; i < b.pages; ++i) {
-                const uint8_t* codes = b.slot[i] + b.map->codes[unit / 2];
-                const V scale0 = kv_scales(codes), scale1 = kv_scales(codes + kLanes);
-                for (int q = 0; q < a_.queries; ++q) {
-                    float* p = scores_.p[q] + (b.first + i) * kPageTokens;
-                    V first = set1(a_.q->mean[q]), second = first;
-                    if (g > 0) first = load(p), second = load(p + kLanes);
-                    for (int half = 0; half < 2; ++half) {
-                        if (!products_[half].some) continue;
-                        const int32_t* x = products_[half].of + (i * a_.queries + q) * kHalf;
-                        const V factor = set1(a_.q->scale[g * kMaxQueries + q] *
-                                              a_.levels->scale[b.map->depths[unit + half]]);
-                        first = fma(mul(load_int(x), scale0), factor, first);
-                        second = fma(mul(load_int(x + kLanes), scale1), factor, second);
-                    }
-                    store(p, first);
-                    store(p + kLanes, second);
+            const int unit = a_.keys + 2 * g, at = 2 * g * kMaxQueries;
+            multiply(b, unit, a_.q->x + at * kHalf, 0, a_.q->sum + at, products_[0]);
+            multiply(b, unit + 1, a_.q->x + (at + kMaxQueries) * kHalf, 0,
+                     a_.q->sum + at + kMaxQueries, products_[1]);
+            read_scales(b, unit, scales);
+            const float level0 = level(b, unit), level1 = level(b, unit + 1);
+            for (int q = 0; q < queries; ++q) {
+                const float scale = a_.q->scale[g * kMaxQueries + q];
+                const V factor0 = set1(scale * level0), factor1 = set1(scale * level1);
+                const V mean = set1(a_.q->mean[q]);
+                float* p = scores_.p[q] + b.first * kPageTokens;
+                for (int i = 0; i < 2 * b.pages; ++i, p += kLanes) {
+                    const int from = (i / 2 * queries + q) * kHalf + i % 2 * kLanes;
+                    const V first = mul(load_int(products_[0] + from), factor0);
+                    const V both = fma(load_int(products_[1] + from), factor1, first);
+                    store(p, fma(both, scales[i], g > 0 ? load(p) : mean));
                 }
             }
         }
@@ -140,37 +137,37 @@ class Coded {
     // Adds the weighted values of a block of pages.
     int values(const Block& b) {
         plan_ahead(b, true, 2 * a_.groups);
+        const int queries = a_.queries;
         alignas(64) int8_t x[kBlock * kMaxQueries * kHalf];
         float factors[kBlock * kMaxQueries];
+        V scales[2 * kBlock];
         for (int g = 0; g < a_.groups; ++g) {
             const int unit = a_.values + 2 * g;
-            for (int i = 0; i < b.pages; ++i) {
-                const uint8_t* codes = b.slot[i] + b.map->codes[unit / 2];
-                const V scale0 = kv_scales(codes), scale1 = kv_scales(codes + kLanes);
-                for (int q = 0; q < a_.queries; ++q) {
-                    const float* p = scores_.p[q] + (b.first + i) * kPageTokens;
-                    const V w0 = mul(load(p), scale0), w1 = mul(load(p + kLanes), scale1);
+            read_scales(b, unit, scales);
+            for (int q = 0; q < queries; ++q) {
+                const float* p = scores_.p[q] + b.first * kPageTokens;
+                for (int i = 0; i < b.pages; ++i, p += kPageTokens) {
+                    const V w0 = mul(load(p), scales[2 * i]);
+                    const V w1 = mul(load(p + kLanes), scales[2 * i + 1]);
                     const float peak = largest(max(w0, w1));  // none is negative
-                    const int at = i * a_.queries + q;
                     const V factor = set1(can_be_coded(peak) ? 127.0f / peak : 0.0f);
-                    store_bytes(x + at * kHalf, mul(w0, factor));
-                    store_bytes(x + at * kHalf + kLanes, mul(w1, factor));
-                    factors[at] = peak * (1.0f / 127.0f);
+                    int8_t* to = x + (i * queries + q) * kHalf;
+                    store_bytes(to, mul(w0, factor));
+                    store_bytes(to + kLanes, mul(w1, factor));
+                    factors[q * kBlock + i] = peak * (1.0f / 127.0f);
                 }
             }
             for (int half = 0; half < 2; ++half) {
-                Products& products = products_[half];
-                multiply(b, unit + half, x, static_cast<size_t>(a_.queries) * kHalf, nullptr,
+                int32_t* products = products_[half];
+                multiply(b, unit + half, x, static_cast<size_t>(queries) * kHalf, nullptr,
                          products);
-                if (!products.some) continue;
-                const float level = a_.levels->scale[b.map->depths[unit + half]];
-                for (int q = 0; q < a_.queries; ++q) {
+                const float level = this->level(b, unit + half);
+                for (int q = 0; q < queries; ++q) {
                     float* to = a_.out[q].values + g * kGroup + half * kHalf;
                     V first = load(to), second = load(to + kLanes);
                     for (int i = 0; i < b.pages; ++i) {
-                        const int at = i * a_.queries + q;
-                        const int32_t* product = products.of + at * kHalf;
-                        const V factor = set1(factors[at] * level);
+                        const int32_t* product = products + (i * queries + q) * kHalf;
+                        const V factor = set1(factors[q * kBlock + i] * level);
                         first = fma(load_int(product), factor, first);
                         second = fma(load_int(product + kLanes), factor, second);
                     }
@@ -185,8 +182,8 @@ class Coded {
     const CodedAttention& a_;
     const Seen<CodedAttention> seen_;
     Scores scores_;
-    Products products_[2];
-    Region ahead_[kBlock];
+    alignas(64) int32_t products_[2][kBlock * kMaxQueries * kHalf];  // [pages][queries][kHalf]
+    Ahead ahead_[kBlock];
     int portion_[kBlock];
 };
 
