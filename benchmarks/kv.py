@@ -2,9 +2,9 @@
 
     python benchmarks/kv.py PACK [speed] [sessions] [resume] [--bits 3.25 4.25 5.25]
 
-`speed`: tokens a second while so many tokens are in the cache, exact and at each number of bits, in
-turns. The floor is the bytes that a step reads, weights and KV, over the read bandwidth, which is
-probed before each turn. `sessions`: how many sessions of a context can be filled and held in one
+`speed`: tokens a second with 128 and with so many tokens in the cache, exact and at each number of
+bits, in turns. The floor is the bytes that a step reads, weights and KV, over the read bandwidth, which
+is probed in each turn; that of the ratio is weights over weights and KV. `sessions`: how many sessions of a context can be filled and held in one
 budget. `resume`: a session of 4,096 tokens read back from disk, against computed again.
 """
 
@@ -46,29 +46,36 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for bits in (16, *options.bits):
         model = pliant.load(options.pack, weights=options.weights, kv_bits=bits, chat=False)
-        session = model.session()
-        session.feed(ids_for(model, 128))
-        short = decode(session, options.steps)
+        short, long = model.session(), model.session()
+        short.feed(ids_for(model, 128))
+        before = model.report().ledger["kv"][1]
         begin = time.perf_counter()
-        session.feed(ids_for(model, options.tokens - 128))
-        row = {"model": model, "session": session, "short": short, "long": [], "probe": []}
-        row["prefill"] = (options.tokens - 128) / (time.perf_counter() - begin)
-        rows.append(row)
+        long.feed(ids_for(model, options.tokens))
+        prefill = options.tokens / (time.perf_counter() - begin)
+        kv = model.report().ledger["kv"][1] - before
+        rows.append(
+            {"model": model, "sessions": (short, long), "kv": kv, "prefill": prefill, "turns": []}
+        )
     for _ in range(options.turns):
         for row in rows:
-            row["probe"].append(_core.read_bandwidth(128, row["model"].report().threads, 3))
-            row["long"].append(decode(row["session"], options.steps))
+            speeds = [decode(session, options.steps) for session in row["sessions"]]
+            probe = _core.read_bandwidth(128, row["model"].report().threads, 3)
+            row["turns"].append((*speeds, speeds[1] / speeds[0], probe))
     for row in rows:
-        row.pop("session").close()
+        for session in row.pop("sessions"):
+            session.close()
         with row.pop("model") as model:
             row["bits"], row["weights"] = model.depth.kv_bits, model.depth.weights
-            row["kv"] = model.report().ledger["kv"][1]
-        row["long"], row["probe"] = statistics.median(row["long"]), statistics.median(row["probe"])
-        row["share"] = (row["weights"] + row["kv"]) * row["long"] / row["probe"]
+        columns = zip(*row.pop("turns"), strict=True)
+        row["short"], row["long"], row["ratio"], row["probe"] = map(statistics.median, columns)
+        read = row["weights"] + row["kv"]
+        row["floor_ratio"] = row["weights"] / read
+        row["share"] = read * row["long"] / row["probe"]
         print(
             f"{row['bits']:5.2f} bits: {row['long']:.1f} tokens/s with {options.tokens} tokens in "
-            f"{row['kv'] / 1e6:.1f} MB, {row['short']:.1f} with 128, prefill {row['prefill']:.0f}; "
-            f"reads at {row['share']:.0%} of {row['probe'] / 1e9:.1f} GB/s",
+            f"{row['kv'] / 1e6:.1f} MB, {row['short']:.1f} with 128: {row['ratio']:.2f} of it, "
+            f"{row['floor_ratio']:.2f} by bytes; reads at {row['share']:.0%} of "
+            f"{row['probe'] / 1e9:.1f} GB/s; prefill {row['prefill']:.0f}",
             flush=True,
         )
     return rows

@@ -12,6 +12,11 @@
 
 namespace pliant {
 
+template <typename T>
+auto& at(T& items, int index) {
+    return items[static_cast<size_t>(index)];
+}
+
 struct ChunkToken {
     int id, sequence, position;
     int logits, state;  // rows of the results, or -1
@@ -32,9 +37,9 @@ class Forward {
     // What one thread has.
     struct Worker {
         int self;
-        InputBuffer& in;   // of matrices: everybody's, or its own
-        int residual = 0;  // which of the two is up to date
-        size_t phase = 0;  // the next one
+        InputBuffer& in;                           // of matrices: everybody's, or its own
+        int residual = 0;                          // which of the two is up to date
+        size_t phase = 0;                          // the next one
         int layer = -1, kv_head = -1, query = -1;  // whose queries are in its room
         // Pages of one task.
         std::vector<const uint16_t*> keys = {}, values = {};

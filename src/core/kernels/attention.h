@@ -44,7 +44,8 @@ inline void soften(float* p, int pages, int base, int position, int window, floa
     const int tokens = pages * kPageTokens;
     if (softcap > 0.0f) {
         const V cap = set1(softcap);
-        for (int i = 0; i < tokens; i += kLanes) store(p + i, mul(cap, tanh(div(load(p + i), cap))));
+        for (int i = 0; i < tokens; i += kLanes)
+            store(p + i, mul(cap, tanh(div(load(p + i), cap))));
     }
     const int from = window > 0 ? std::clamp(position - window + 1 - base, 0, tokens) : 0;
     const int to = std::clamp(position + 1 - base, 0, tokens);

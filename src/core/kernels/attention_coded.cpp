@@ -56,8 +56,8 @@ class Coded {
         const SlotMap& map = a_.map[at];
         const int last = a_.values + 2 * a_.groups - 1;
         const uint32_t begin = value ? map.plies[a_.values] : map.codes[a_.keys / 2];
-        const uint32_t end = value ? map.plies[last] + map.depths[last] * kUnitPly
-                                   : map.plies[a_.values];
+        const uint32_t end =
+            value ? map.plies[last] + map.depths[last] * kUnitPly : map.plies[a_.values];
         return {a_.slot[at] + begin, static_cast<int>(end - begin)};
     }
 

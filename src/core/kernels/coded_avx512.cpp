@@ -175,8 +175,8 @@ void all_tokens(const CodedProduct& p, int g, const uint8_t* wh, const uint8_t* 
     }
 }
 
-// Sums of Q vectors with 16 rows of a unit of a page. Either factor can be the unsigned one: levels,
-// as level + 128, or inputs that are not negative.
+// Sums of Q vectors with 16 rows of a unit of a page. Either factor can be the unsigned one:
+// levels, as level + 128, or inputs that are not negative.
 template <bool Signed, int Q>
 struct PageSums {
     __m512i sum;

@@ -149,9 +149,8 @@ void turn_query(const Turn& turn, int head_dim, int groups, const float* query, 
         out.scale[g * kMaxQueries + slot] = peak * (kHalfNorm / 127.0f);
         for (int half = 0; half < 2; ++half) {
             const int at = (2 * g + half) * kMaxQueries + slot;
-            out.sum[at] = code_bytes<kHalfVectors>(v + half * kHalfVectors,
-                                                     codable ? 127.0f / peak : 0.0f,
-                                                     out.x + at * kHalf);
+            out.sum[at] = code_bytes<kHalfVectors>(
+                v + half * kHalfVectors, codable ? 127.0f / peak : 0.0f, out.x + at * kHalf);
         }
     }
 }

@@ -53,11 +53,11 @@ inline V max(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline V min(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline V round(V a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline V scale2(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a · 2^n, n a whole number
-inline V one_from(V a, float limit) {  // a >= limit ? 1 : 0
+inline V one_from(V a, float limit) {                               // a >= limit ? 1 : 0
     const __mmask16 above = _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_GE_OQ);
     return {_mm512_maskz_mov_ps(above, _mm512_set1_ps(1.0f))};
 }
-inline V zero_below(V a, V x, float limit) {                        // x < limit ? 0 : a
+inline V zero_below(V a, V x, float limit) {  // x < limit ? 0 : a
     const __mmask16 keep = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ);
     return {_mm512_maskz_mov_ps(keep, a.v)};
 }
@@ -75,8 +75,7 @@ inline V load_bf16(const uint16_t* p) {
 inline void store_int(int32_t* p, V a) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(a.v)); }
 inline V load_int(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
 inline void store_bytes(int8_t* p, V a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
 inline V kv_scales(const uint8_t* codes) {
     const __m512i code =
