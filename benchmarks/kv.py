@@ -3,9 +3,10 @@
     python benchmarks/kv.py PACK [speed] [sessions] [resume] [--bits 3.25 4.25 5.25]
 
 `speed`: tokens a second with 128 and with so many tokens in the cache, exact and at each number of
-bits, in turns. The floor is the bytes that a step reads, weights and KV, over the read bandwidth, which
-is probed in each turn; that of the ratio is weights over weights and KV. `sessions`: how many sessions of a context can be filled and held in one
-budget. `resume`: a session of 4,096 tokens read back from disk, against computed again.
+bits, in turns. The floor is the bytes that a step reads, weights and KV, over the read bandwidth,
+which is probed in each turn; the floor of the ratio is weights over weights and KV. `sessions`: how
+many sessions of a context can be filled and held in one budget. `resume`: a session of 4,096 tokens
+read back from disk, against computed again.
 """
 
 from __future__ import annotations
