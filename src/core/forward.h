@@ -43,8 +43,6 @@ class Forward {
         int layer = -1, kv_head = -1, query = -1;  // whose queries are in its room
         // Pages of one task.
         std::vector<const uint16_t*> keys = {}, values = {};
-        std::vector<const uint8_t*> slots = {};
-        std::vector<SlotMap> maps = {};
     };
     // Queries of one sequence that share a KV head, and the parts of the pages that they look at. A
     // query is token · group + head in the group.
@@ -55,10 +53,11 @@ class Forward {
 
     // Whose pages are looked at, and by which queries.
     struct Pages {
-        int layer, kv_head, sequence, queries;
+        int layer, kv_head, sequence, token, queries;
         const float* const* q;
         const int* positions;
         int window;
+        bool alone;
     };
     // A page that this chunk fills: it is coded, layer by layer.
     struct FullPage {
@@ -91,6 +90,7 @@ class Forward {
     void attend(Worker& w, int l, const AttentionTask& task);
     int coded_pages(int sequence, int position) const;
     void attend_coded(Worker& w, const Pages& of, int begin, int end, const Attended* drawn);
+    int first_reads(const Worker& w, const Pages& of, Ahead* then) const;
     void attend_exact(Worker& w, const Pages& of, int begin, int end, const Attended* drawn);
     void with_newest(int l, int kv_head, const Attended& sum, const Attended& newest) const;
     void code_page(int l, int kv_head, const FullPage& full);
@@ -110,7 +110,12 @@ class Forward {
     bool singles_;  // every sequence has one token: who attends appends its keys and values
     std::vector<int> wanted_, stated_;  // tokens whose logits, or states, are asked for
     std::vector<AttentionTask> tasks_;
-    std::vector<FullPage> full_;  // empty without a ladder
+    // Without a ladder these are empty. Slots of the pages of all sequences, and where those of a
+    // token's sequence begin.
+    std::vector<FullPage> full_;
+    std::vector<const uint8_t*> slots_;
+    std::vector<SlotMap> maps_;
+    std::vector<size_t> first_slot_;
 };
 
 }  // namespace pliant

@@ -8,14 +8,27 @@ namespace pliant {
 namespace {
 
 constexpr int kPartTokens = kPartPages * kPageTokens;
+constexpr int kThen = 4;  // pages of the next task that are fetched in this one
 
 }  // namespace
 
 void Forward::plan_attention() {
     const bool coded = e_.kv.ladder.present();
-    for (int t = 0; coded && t < tokens_; ++t)
-        if ((at(chunk_, t).position + 1) % kPageTokens == 0)
-            full_.push_back({at(chunk_, t).sequence, at(chunk_, t).position / kPageTokens});
+    for (int t = 0; coded && t < tokens_; ++t) {
+        const ChunkToken& token = at(chunk_, t);
+        if ((token.position + 1) % kPageTokens == 0)
+            full_.push_back({token.sequence, token.position / kPageTokens});
+        // The same for all layers and heads.
+        if (t > 0 && token.sequence == at(chunk_, t - 1).sequence) {
+            first_slot_.push_back(first_slot_.back());
+            continue;
+        }
+        first_slot_.push_back(slots_.size());
+        for (int page : e_.kv.pages(token.sequence)) {
+            slots_.push_back(e_.kv.slot(page));
+            maps_.push_back(e_.kv.ladder.map(e_.kv.rungs(page)));
+        }
+    }
     singles_ = group_ <= kMaxQueries;
     for (int t = 1; t < tokens_; ++t)
         if (at(chunk_, t).sequence == at(chunk_, t - 1).sequence) singles_ = false;
@@ -123,7 +136,8 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
     // With a ladder all pages before the newest are coded, and added up as they are, turned.
     const int pages = coded ? coded_pages(sequence, latest) : latest / kPageTokens + 1;
     const int dims = coded ? ladder.groups() * kGroup : m_.head_dim;
-    const Pages of{l, task.kv_head, sequence, count, queries, positions, window};
+    const Pages of{l,         task.kv_head, sequence, task.first / group_, count, queries,
+                   positions, window,       alone};
     const auto head = [&](int slot) {
         return task.kv_head * group_ + (task.first + slot) % group_;
     };
@@ -165,18 +179,34 @@ int Forward::coded_pages(int sequence, int position) const {
 
 void Forward::attend_coded(Worker& w, const Pages& of, int begin, int end, const Attended* drawn) {
     const KvLadder& ladder = e_.kv.ladder;
-    const std::vector<int>& pages = e_.kv.pages(of.sequence);
-    w.slots.clear();
-    w.maps.clear();
-    for (int page = begin; page < end; ++page) {
-        w.slots.push_back(e_.kv.slot(at(pages, page)));
-        w.maps.push_back(ladder.map(e_.kv.rungs(at(pages, page))));
-    }
+    const size_t first = at(first_slot_, of.token) + static_cast<size_t>(begin);
     const CodedQueries queries = at(b_.attention, w.self).coded();
-    kernels_.attend_coded(
-        {ladder.groups(), of.queries, &queries, of.positions, of.window, begin, end - begin,
-         w.slots.data(), w.maps.data(), ladder.unit(of.layer, of.kv_head, false),
-         ladder.unit(of.layer, of.kv_head, true), &e_.weights.levels, m_.attn_softcap, drawn});
+    Ahead then[kThen];
+    const int then_count = of.alone ? first_reads(w, of, then) : 0;
+    kernels_.attend_coded({ladder.groups(), of.queries, &queries, of.positions, of.window, begin,
+                           end - begin, slots_.data() + first, maps_.data() + first,
+                           ladder.unit(of.layer, of.kv_head, false),
+                           ladder.unit(of.layer, of.kv_head, true), &e_.weights.levels,
+                           m_.attn_softcap, drawn, then, then_count});
+}
+
+// What the next task of this thread will read first, if the others take one meanwhile: the keys of
+// some pages. It is a guess: a wrong one costs a few reads.
+int Forward::first_reads(const Worker& w, const Pages& of, Ahead* then) const {
+    const int next = at(e_.phases_, static_cast<int>(w.phase) - 1).next() + threads_ - 1;
+    if (next >= static_cast<int>(tasks_.size()) || of.window > 0) return 0;
+    const AttentionTask& task = at(tasks_, next);
+    const KvLadder& ladder = e_.kv.ladder;
+    const int keys = ladder.unit(of.layer, task.kv_head, false);
+    const int values = ladder.unit(of.layer, task.kv_head, true);
+    const int begin = task.part * kPartPages;
+    const int count = std::min(kThen, coded_pages(of.sequence, of.positions[0]) - begin);
+    for (int i = 0; i < count; ++i) {
+        const size_t page = at(first_slot_, of.token) + static_cast<size_t>(begin + i);
+        const uint32_t first = maps_[page].codes[keys / 2];
+        then[i] = {slots_[page] + first, static_cast<int>(maps_[page].plies[values] - first)};
+    }
+    return std::max(count, 0);
 }
 
 void Forward::attend_exact(Worker& w, const Pages& of, int begin, int end, const Attended* drawn) {

@@ -30,6 +30,8 @@ class Coded {
         const int count = seen_.count();
         for (int at = 0; at < count;) at += scores(block(at));
         for (int q = 0; q < a_.queries; ++q) {
+            for (int page = kBlock + q; page < std::min(count, 2 * kBlock); page += a_.queries)
+                fetch(region(page, true));
             soften(scores_.p[q], count, seen_.begin * kPageTokens, a_.position[q], a_.window,
                    a_.softcap, a_.out[q]);
             std::fill(a_.out[q].values, a_.out[q].values + a_.groups * kGroup, 0.0f);
@@ -61,15 +63,18 @@ class Coded {
         return {a_.slot[at] + begin, static_cast<int>(end - begin)};
     }
 
-    // What is read kBlock pages after each of a block, in portions for the calls.
+    // What is fetched with each page of a block, in portions for the calls. Keys are a block ahead,
+    // and values two: the second of these is fetched during the softmax.
     void plan_ahead(const Block& b, bool value, int calls) {
         const int count = seen_.count();
         for (int i = 0; i < b.pages; ++i) {
-            const int page = b.first + i + kBlock;
+            const int page = b.first + i + (value ? 2 : 1) * kBlock;
             if (page < count)
                 ahead_[i] = region(page, value);
             else if (!value && page - count < count)
                 ahead_[i] = region(page - count, true);
+            else if (value && page - count < a_.then_count)
+                ahead_[i] = a_.then[page - count];
             else
                 ahead_[i] = {nullptr, 0};
             portion_[i] = (ahead_[i].bytes / calls + 63) / 64 * 64;

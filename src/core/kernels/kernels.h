@@ -134,6 +134,9 @@ struct CodedAttention {
     const LevelTables* levels;
     float softcap;
     const struct Attended* out;  // [queries]
+    // What will be read after this, fetched while the last pages are multiplied.
+    const Ahead* then = nullptr;
+    int then_count = 0;
 };
 
 // What a query has drawn from some of the positions: Σ e^(score - best) · value, padded to 16, and
