@@ -13,7 +13,8 @@ namespace pliant::PLIANT_ISA {
 
 namespace {
 
-constexpr int kBlock = 4;  // pages that are taken together
+constexpr int kBlock = 4;      // pages that are taken together
+constexpr int kKeysAhead = 4;  // how many pages before they are needed keys are fetched
 
 // Some pages of the same depths.
 struct Block {
@@ -30,7 +31,8 @@ class Coded {
         const int count = seen_.count();
         for (int at = 0; at < count;) at += scores(block(at));
         for (int q = 0; q < a_.queries; ++q) {
-            for (int page = kBlock + q; page < std::min(count, 2 * kBlock); page += a_.queries)
+            for (int page = kKeysAhead + q; page < std::min(count, kKeysAhead + kBlock);
+                 page += a_.queries)
                 fetch(region(page, true));
             soften(scores_.p[q], count, seen_.begin * kPageTokens, a_.position[q], a_.window,
                    a_.softcap, a_.out[q]);
@@ -63,12 +65,12 @@ class Coded {
         return {a_.slot[at] + begin, static_cast<int>(end - begin)};
     }
 
-    // What is fetched with each page of a block, in portions for the calls. Keys are a block ahead,
-    // and values two: the second of these is fetched during the softmax.
+    // What is fetched with each page of a block, in portions for the calls. Values are a block more
+    // ahead than keys: what is missing then has been fetched during the softmax.
     void plan_ahead(const Block& b, bool value, int calls) {
         const int count = seen_.count();
         for (int i = 0; i < b.pages; ++i) {
-            const int page = b.first + i + (value ? 2 : 1) * kBlock;
+            const int page = b.first + i + kKeysAhead + (value ? kBlock : 0);
             if (page < count)
                 ahead_[i] = region(page, value);
             else if (!value && page - count < count)
