@@ -1,13 +1,16 @@
 """What a coded KV cache gives: speed with a long context, sessions in a budget, parked sessions.
 
-    python benchmarks/kv.py PACK [speed] [sessions] [resume] [prefix] [--bits 3.25 4.25 5.25]
+    python benchmarks/kv.py PACK [speed] [sessions] [shrink] [resume] [prefix]
+        [--bits 3.25 4.25 5.25]
 
-`speed`: tokens a second while so many tokens are in the cache, exact and at each number of bits, in
-turns. The floor is the bytes that a step reads, weights and KV, over the read bandwidth, which is
-probed before each turn. `sessions`: how many sessions of a context can be filled and held in one
-budget. `resume`: a session of 4,096 tokens read back from disk, against computed again. `prefix`:
-the time to the first token of a prompt of 2,048 tokens that was parked before the model was loaded
-anew, from the kernel's cache and from the disk, against computing it.
+`speed`: tokens a second with 128 and with so many tokens in the cache, exact and at each number of
+bits, in turns. The floor is the bytes that a step reads, weights and KV, over the read bandwidth,
+which is probed in each turn; the floor of the ratio is weights over weights and KV. `sessions`: how
+many sessions of a context can be filled and held in one budget. `shrink`: 16 sessions that go on in
+turns while the budget falls step by step, and then rises. `resume`: a session of 4,096 tokens read
+back from disk, against computed again. `prefix`: the time to the first token of a prompt of
+2,048 tokens that was parked before the model was loaded anew, from the kernel's cache and from the
+disk, against computing it.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ from pliant.sizes import MIB, parse_size
 RESUMED = 4096  # tokens of the session that is parked
 PARKED = 2048  # tokens of the prompt that is parked
 MOST_SESSIONS = 64
+SHRINKING, SHRUNK = 16, 2048  # sessions, and tokens of each
+BUDGETS = (400, 350, 300, 260, 230, 210, 400)  # MiB
+TOLERANCE = 8 * MIB  # of the resident set
 
 
 def ids_for(model: pliant.Model, count: int) -> list[int]:
@@ -39,11 +45,13 @@ def ids_for(model: pliant.Model, count: int) -> list[int]:
 
 
 def decode(session: Any, steps: int) -> float:
-    """Tokens a second of single steps."""
-    begin = time.perf_counter()
+    """Tokens a second, by the median step: other programs make some of them longer."""
+    times = []
     for _ in range(steps):
+        begin = time.perf_counter()
         session.feed([5])
-    return steps / (time.perf_counter() - begin)
+        times.append(time.perf_counter() - begin)
+    return 1 / statistics.median(times)
 
 
 def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -51,29 +59,36 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for bits in (16, *options.bits):
         model = pliant.load(options.pack, weights=options.weights, kv_bits=bits, chat=False)
-        session = model.session()
-        session.feed(ids_for(model, 128))
-        short = decode(session, options.steps)
+        short, long = model.session(), model.session()
+        short.feed(ids_for(model, 128))
+        before = model.report().ledger["kv"][1]
         begin = time.perf_counter()
-        session.feed(ids_for(model, options.tokens - 128))
-        row = {"model": model, "session": session, "short": short, "long": [], "probe": []}
-        row["prefill"] = (options.tokens - 128) / (time.perf_counter() - begin)
-        rows.append(row)
+        long.feed(ids_for(model, options.tokens))
+        prefill = options.tokens / (time.perf_counter() - begin)
+        kv = model.report().ledger["kv"][1] - before
+        rows.append(
+            {"model": model, "sessions": (short, long), "kv": kv, "prefill": prefill, "turns": []}
+        )
     for _ in range(options.turns):
         for row in rows:
-            row["probe"].append(_core.read_bandwidth(128, row["model"].report().threads, 3))
-            row["long"].append(decode(row["session"], options.steps))
+            speeds = [decode(session, options.steps) for session in row["sessions"]]
+            probe = _core.read_bandwidth(128, row["model"].report().threads, 3)
+            row["turns"].append((*speeds, speeds[1] / speeds[0], probe))
     for row in rows:
-        row.pop("session").close()
+        for session in row.pop("sessions"):
+            session.close()
         with row.pop("model") as model:
             row["bits"], row["weights"] = model.depth.kv_bits, model.depth.weights
-            row["kv"] = model.report().ledger["kv"][1]
-        row["long"], row["probe"] = statistics.median(row["long"]), statistics.median(row["probe"])
-        row["share"] = (row["weights"] + row["kv"]) * row["long"] / row["probe"]
+        columns = zip(*row.pop("turns"), strict=True)
+        row["short"], row["long"], row["ratio"], row["probe"] = map(statistics.median, columns)
+        read = row["weights"] + row["kv"]
+        row["floor_ratio"] = row["weights"] / read
+        row["share"] = read * row["long"] / row["probe"]
         print(
             f"{row['bits']:5.2f} bits: {row['long']:.1f} tokens/s with {options.tokens} tokens in "
-            f"{row['kv'] / 1e6:.1f} MB, {row['short']:.1f} with 128, prefill {row['prefill']:.0f}; "
-            f"reads at {row['share']:.0%} of {row['probe'] / 1e9:.1f} GB/s",
+            f"{row['kv'] / 1e6:.1f} MB, {row['short']:.1f} with 128: {row['ratio']:.2f} of it, "
+            f"{row['floor_ratio']:.2f} by bytes; reads at {row['share']:.0%} of "
+            f"{row['probe'] / 1e9:.1f} GB/s; prefill {row['prefill']:.0f}",
             flush=True,
         )
     return rows
@@ -112,6 +127,49 @@ def sessions(options: argparse.Namespace) -> list[dict[str, Any]]:
             flush=True,
         )
     return rows
+
+
+def shrink(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Sessions under a budget that falls: none is lost, and their pages get shallower with age."""
+    rows = []
+    wish: dict[str, Any] = {"kv_bits": "auto", "sessions": SHRINKING, "context": SHRUNK + 128}
+    with pliant.load(options.pack, memory=BUDGETS[0] * MIB, chat=False, **wish) as model:
+        held = [model.session() for _ in range(SHRINKING)]
+        text = ids_for(model, SHRUNK * SHRINKING)
+        for number, session in enumerate(held):
+            session.feed(text[number * SHRUNK : (number + 1) * SHRUNK])
+        for budget in BUDGETS:
+            model.budget = budget * MIB
+            most = 0
+            for session in held * 4:
+                session.feed([5])
+                most = max(most, model.report().resident)
+            executor = model._executor
+            pages = [executor.pages(session.sequence) for session in held]
+            rungs = [executor.page_rungs(one)[1:] for one in pages if one]  # the first stays deep
+            if not all(_falls(one) for one in rungs):
+                raise SystemExit("an old page is deeper than one that is younger")
+            report = model.report()
+            if most > budget * MIB + TOLERANCE or any(len(one) < SHRUNK for one in held):
+                raise SystemExit(f"{most} bytes were resident, or a session was lost")
+            row = {"budget": budget * MIB, "resident": most, "kv_bits": report.kv_bits}
+            row |= {"weights": report.weights, "expected_kl": report.expected_kl}
+            row |= {"parked": report.parked, "kv": report.ledger["kv"][1]}
+            rows.append(row)
+            kl = "-" if row["expected_kl"] is None else f"{row['expected_kl']:.3f}"
+            print(
+                f"{budget} MiB: resident at most {most / MIB:.0f}, weights "
+                f"{row['weights'] / 1e6:.0f} MB, KV {row['kv'] / 1e6:.0f} MB of "
+                f"{row['kv_bits']:.2f} bits, expected KL {kl}, {row['parked']} on disk",
+                flush=True,
+            )
+    return rows
+
+
+def _falls(rungs: list[int]) -> bool:
+    """Whether pages, from the oldest on, have never fewer rungs than one before; 0: exact."""
+    coded = [one for one in rungs if one]
+    return coded == sorted(coded)
 
 
 def resume(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -190,7 +248,7 @@ def forget(folder: Path) -> None:
         os.close(file)
 
 
-PARTS = {"speed": speed, "sessions": sessions, "resume": resume, "prefix": prefix}
+PARTS = {"speed": speed, "sessions": sessions, "shrink": shrink, "resume": resume, "prefix": prefix}
 
 
 def main() -> None:

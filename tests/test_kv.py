@@ -24,7 +24,8 @@ from pliant.engine.kv_quality import kv_quality
 from pliant.errors import BudgetError, EngineError, FormatError, UsageError
 from pliant.memory.plan import PackSizes, Wish, kv_levels, make_plan
 from pliant.store import Pack
-from test_executor import Logits, some_ids
+from test_executor import Logits, build, relative, some_ids
+from test_executor import run as run_exact
 from tiny import roomy, write_tiny_pack
 
 PAGE = 32
@@ -97,6 +98,34 @@ def test_same_bits_on_every_instruction_set_and_however_it_is_cut(path: Path) ->
         results.append(feed(executor, executor.open_sequence(), ids, cuts))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
+
+
+def test_long_sequences_with_pages_of_several_depths(tmp_path: Path) -> None:
+    """More than two parts of 512 tokens; the first page has fewer rungs than its neighbours."""
+    path = write_random_pack(
+        tmp_path / "pack", least=4, context=2048, head_dim=80, heads=3, kv_heads=1, hidden=64,
+        layer_window=[0, 560],
+    )  # fmt: skip
+    ids = some_ids(Pack.open(path).manifest.model.vocab, 1070)
+
+    def run(cuts: list[int], **how: Any) -> Logits:
+        executor = coded(path, **how)
+        sequence = executor.open_sequence()
+        executor.set_kv_level(5)
+        first = feed(executor, sequence, ids, [40])
+        executor.set_kv_level(6)
+        rest = feed(executor, sequence, ids[40:], cuts)
+        assert executor.page_rungs(executor.pages(sequence)) == [5, *[6] * 32, 0]
+        return np.concatenate([first, rest])
+
+    want = run([1030])
+    for isa in _core.cpu_isa()[1:]:
+        np.testing.assert_array_equal(run([1030], isa=isa), want)
+    got = run([400, 10, *[1] * 60, 13, 387, *[1] * 130, 30], threads=3, chunk=50)
+    np.testing.assert_array_equal(got, want)
+    # A page that is read as if it had the depths of another gives noise: 1.2 and more.
+    exact = run_exact(build(Pack.open(path)), ids[:200])
+    assert relative(want[110:200], exact[110:]) < 0.8
 
 
 def test_a_sequence_is_the_same_in_any_company(path: Path) -> None:

@@ -124,8 +124,8 @@ struct Executor::Buffers {
           most_parts_(static_cast<size_t>(m.context) / (kPartPages * kPageTokens) + 1),
           cosine_(m.ropes.size() * chunk_ * half_),
           sine_(m.ropes.size() * chunk_ * half_),
-          parts_(static_cast<size_t>(m.heads) * most_parts_ * padded_head_),
-          part_scalars_(static_cast<size_t>(m.heads) * most_parts_ * 2) {
+          parts_(static_cast<size_t>(m.heads) * (most_parts_ + 1) * padded_head_),
+          part_scalars_(static_cast<size_t>(m.heads) * (most_parts_ + 1) * 2) {
         for (int i = 0; i < threads; ++i) {
             own.emplace_back(1, std::max({m.hidden, m.heads * m.head_dim, m.ffn}));
             own_residual.emplace_back(static_cast<size_t>(m.hidden));
@@ -150,10 +150,12 @@ struct Executor::Buffers {
     float* sine_row(size_t rope, int t) const { return sine_.data() + rotary(rope, t); }
     // What a head of the only token has drawn from a part of the positions.
     Attended part(int head, int part) const {
-        const size_t at = static_cast<size_t>(head) * most_parts_ + static_cast<size_t>(part);
+        const size_t at = static_cast<size_t>(head) * (most_parts_ + 1) + static_cast<size_t>(part);
         return {part_scalars_.data() + 2 * at, part_scalars_.data() + 2 * at + 1,
                 parts_.data() + at * padded_head_};
     }
+    // … and from the newest page, where the others are coded.
+    Attended newest(int head) const { return part(head, static_cast<int>(most_parts_)); }
     size_t padded_head() const { return padded_head_; }
 
     InputBuffer input;             // of a matrix; shared by all threads …

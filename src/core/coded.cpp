@@ -26,8 +26,9 @@ int level_number(int depth, int byte) {
 
 const float* make_kv_scales() {
     static float scales[256];
-    for (int code = 0; code < 256; ++code)
-        scales[code] = std::exp2(static_cast<float>(code - 160) / 8.0f);
+    for (int code = 0; code < 256; ++code)  // octaves are the same but for their exponent
+        scales[code] =
+            std::ldexp(std::exp2(static_cast<float>(code % 8) / 8.0f), code / 8 - 160 / 8);
     return scales;
 }
 

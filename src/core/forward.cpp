@@ -8,17 +8,10 @@ namespace pliant {
 
 namespace {
 
-constexpr int kPartTokens = kPartPages * kPageTokens;
-
 int supertiles(const Linear& linear) { return (linear.rows + kSupertile - 1) / kSupertile; }
 
 float bf16_to_float(uint16_t half) {
     return std::bit_cast<float>(static_cast<uint32_t>(half) << 16);
-}
-
-template <typename T>
-auto& at(T& items, int index) {
-    return items[static_cast<size_t>(index)];
 }
 
 }  // namespace
@@ -42,43 +35,6 @@ Forward::Forward(Executor& executor, const std::vector<ChunkToken>& chunk, float
         if (at(chunk_, t).state >= 0) stated_.push_back(t);
     }
     plan_attention();
-}
-
-void Forward::plan_attention() {
-    const bool coded = e_.kv.ladder.present();
-    for (int t = 0; coded && t < tokens_; ++t)
-        if ((at(chunk_, t).position + 1) % kPageTokens == 0)
-            full_.push_back({at(chunk_, t).sequence, at(chunk_, t).position / kPageTokens});
-    singles_ = group_ <= kMaxQueries;
-    for (int t = 1; t < tokens_; ++t)
-        if (at(chunk_, t).sequence == at(chunk_, t - 1).sequence) singles_ = false;
-    if (alone_) {  // the threads share the positions
-        const int parts = at(chunk_, 0).position / kPartTokens + 1;
-        for (int h = 0; h < m_.kv_heads; ++h)
-            for (int q = 0; q < group_; q += kMaxQueries)
-                for (int part = 0; part < parts; ++part)
-                    tasks_.push_back({h, q, std::min(q + kMaxQueries, group_), part});
-        return;
-    }
-    // As many queries in a task as possible, fewer if there are few.
-    int most = kMaxQueries;
-    while (!singles_ && most > 1 &&
-           m_.kv_heads * ((tokens_ * group_ + most - 1) / most) < 2 * threads_)
-        most = (most + 1) / 2;
-    for (int t = 0; t < tokens_;) {
-        // Tokens of this sequence; with coded pages, of one page, which is exact for them alone.
-        int end = t;
-        const ChunkToken& first = at(chunk_, t);
-        while (end < tokens_ && at(chunk_, end).sequence == first.sequence &&
-               (!coded || at(chunk_, end).position / kPageTokens == first.position / kPageTokens))
-            ++end;
-        for (int h = 0; h < m_.kv_heads; ++h)
-            for (int q = t * group_; q < end * group_; q += most)
-                tasks_.push_back({h, q, std::min(q + most, end * group_), -1});
-        t = end;
-    }
-    // Late tokens see more: they come first, so that no thread is left with a long task at the end.
-    std::reverse(tasks_.begin(), tasks_.end());
 }
 
 bool Forward::run() {
@@ -196,7 +152,7 @@ void Forward::attention(Worker& w, int l) {
     block(
         w, tokens_,
         [&](int t, bool) {
-            if (alone_) mean_of_parts(w.in.row(t));
+            if (alone_) mean_of_parts(l, w.in.row(t));
             code(w, t, w.in.row(t), {&layer.o});
         },
         (rows + piece - 1) / piece,
@@ -334,162 +290,6 @@ void Forward::multiply(const Worker& w, const Linear& linear, int first, int las
 
 // Supertiles of a task: a few tasks for each thread, so that one that is late is not waited for.
 int Forward::grain(int supertiles) const { return std::max(1, supertiles / (2 * threads_)); }
-
-// Keys are normed and rotated; keys and values go to their page.
-void Forward::append(int l, int t, int kv_head) {
-    const Layer& layer = at(e_.layers_, l);
-    const ChunkToken& token = at(chunk_, t);
-    const size_t rope = static_cast<size_t>(at(m_.layer_rope, l));
-    const int page = token.position / kPageTokens, slot = token.position % kPageTokens;
-    float* k = b_.k.row(t) + kv_head * m_.head_dim;
-    if (!layer.k_norm.empty())
-        kernels_.rms_norm(k, layer.k_norm.data(), m_.head_dim, m_.norm_eps, k);
-    kernels_.rope(k, b_.cosine_row(rope, t), b_.sine_row(rope, t), m_.head_dim);
-    uint16_t halves[kMaxHeadDim];
-    kernels_.to_half(k, m_.head_dim, halves);
-    uint16_t* keys = e_.kv.keys(token.sequence, page, l, kv_head);
-    for (int i = 0; i < m_.head_dim; ++i) keys[i * kPageTokens + slot] = halves[i];
-    kernels_.to_half(b_.v.row(t) + kv_head * m_.head_dim, m_.head_dim,
-                     e_.kv.values(token.sequence, page, l, kv_head) + slot * e_.kv.value_stride());
-}
-
-// A query, normed, rotated and scaled.
-void Forward::load_query(int l, int t, int head, float* to) const {
-    const Layer& layer = at(e_.layers_, l);
-    const size_t rope = static_cast<size_t>(at(m_.layer_rope, l));
-    const float* q = b_.q.row(t) + head * m_.head_dim;
-    if (layer.q_norm.empty())
-        std::copy_n(q, m_.head_dim, to);
-    else
-        kernels_.rms_norm(q, layer.q_norm.data(), m_.head_dim, m_.norm_eps, to);
-    kernels_.rope(to, b_.cosine_row(rope, t), b_.sine_row(rope, t), m_.head_dim);
-    for (int i = 0; i < m_.head_dim; ++i) to[i] *= m_.attn_scale;
-}
-
-void Forward::attend(Worker& w, int l, const AttentionTask& task) {
-    AttentionRoom& room = at(b_.attention, w.self);
-    const float* queries[kMaxQueries];
-    int positions[kMaxQueries];
-    int latest = 0;
-    const int sequence = at(chunk_, task.first / group_).sequence;
-    for (int q = task.first; q < task.last; ++q) {
-        const int t = q / group_, slot = q - task.first;
-        float* query = room.query(slot);
-        load_query(l, t, task.kv_head * group_ + q % group_, query);
-        queries[slot] = query;
-        positions[slot] = at(chunk_, t).position;
-        latest = std::max(latest, positions[slot]);
-    }
-    const int window = at(m_.layer_window, l), count = task.last - task.first;
-    const int last_part = task.part < 0 ? latest / kPartTokens : task.part;
-    const int seen = window > 0 ? std::max(0, positions[0] - window + 1) : 0;
-    const int first_part = task.part < 0 ? seen / kPartTokens : task.part;
-    const bool newest = singles_ && last_part == latest / kPartTokens;
-    if (newest) append(l, task.first / group_, task.kv_head);
-
-    if (e_.kv.ladder.present()) {
-        const Turn turn = e_.kv.ladder.turn(l, task.kv_head, false);
-        for (int slot = 0; slot < count; ++slot)
-            kernels_.turn_query(turn, m_.head_dim, e_.kv.ladder.groups(), queries[slot], slot,
-                                room.coded());
-    }
-    for (int part = first_part; part <= last_part; ++part) {
-        Attended drawn[kMaxQueries];
-        for (int slot = 0; slot < count; ++slot) {
-            const int head = task.kv_head * group_ + (task.first + slot) % group_;
-            drawn[slot] = task.part >= 0       ? b_.part(head, part)
-                          : part == first_part ? room.sum(slot)
-                                               : room.more(slot);
-        }
-        attend_part(w, l, task.kv_head, sequence, part, count, queries, positions, latest, drawn);
-        if (part > first_part)
-            for (int slot = 0; slot < count; ++slot)
-                kernels_.attend_more(room.more(slot), m_.head_dim, room.sum(slot));
-    }
-    if (newest)
-        for (const FullPage& full : full_)
-            if (full.sequence == sequence) code_page(l, task.kv_head, full);
-    if (task.part >= 0) return;
-    for (int q = task.first; q < task.last; ++q) {
-        const int head = task.kv_head * group_ + q % group_;
-        kernels_.attend_mean(room.sum(q - task.first), m_.head_dim,
-                             b_.input.row(q / group_) + head * m_.head_dim);
-    }
-}
-
-// One part of the positions: coded pages, then exact ones, which with a ladder is the newest alone.
-void Forward::attend_part(Worker& w, int l, int kv_head, int sequence, int part, int count,
-                          const float* const* queries, const int* positions, int latest,
-                          const Attended* drawn) {
-    AttentionRoom& room = at(b_.attention, w.self);
-    const KvLadder& ladder = e_.kv.ladder;
-    const int window = at(m_.layer_window, l), newest = latest / kPageTokens;
-    const int begin = part * kPartPages, end = std::min(newest + 1, begin + kPartPages);
-    // How many pages are seen coded.
-    const bool all =
-        e_.kv.code_newest && !singles_ && (newest + 1) * kPageTokens <= e_.kv.length(sequence);
-    const int coded = newest + (all ? 1 : 0);
-    const int exact = ladder.present() ? std::max(begin, std::min(end, coded)) : begin;
-    if (begin < exact) {
-        const std::vector<int>& pages = e_.kv.pages(sequence);
-        w.slots.clear();
-        w.maps.clear();
-        for (int page = begin; page < exact; ++page) {
-            w.slots.push_back(e_.kv.slot(at(pages, page)));
-            w.maps.push_back(ladder.map(e_.kv.rungs(at(pages, page))));
-        }
-        const CodedQueries coded_queries = room.coded();
-        kernels_.attend_coded({ladder.groups(), count, &coded_queries, positions, window, begin,
-                               exact - begin, w.slots.data(), w.maps.data(),
-                               ladder.unit(l, kv_head, false), ladder.unit(l, kv_head, true),
-                               &e_.weights.levels, m_.attn_softcap, drawn});
-        for (int slot = 0; slot < count; ++slot)
-            kernels_.turn_back(ladder.turn(l, kv_head, true), m_.head_dim, ladder.groups(),
-                               drawn[slot]);
-        if (exact == end) return;
-    }
-    w.keys.clear();
-    w.values.clear();
-    for (int page = exact; page < end; ++page) {
-        w.keys.push_back(e_.kv.keys(sequence, page, l, kv_head));
-        w.values.push_back(e_.kv.values(sequence, page, l, kv_head));
-    }
-    Attended newer[kMaxQueries];
-    for (int slot = 0; slot < count; ++slot)
-        newer[slot] = begin < exact ? room.newest(slot) : drawn[slot];
-    kernels_.attend({m_.head_dim, count, queries, positions, window, exact, end - exact,
-                     w.keys.data(), w.values.data(), m_.attn_softcap, newer});
-    if (begin < exact)
-        for (int slot = 0; slot < count; ++slot)
-            kernels_.attend_more(newer[slot], m_.head_dim, drawn[slot]);
-}
-
-void Forward::code_page(int l, int kv_head, const FullPage& full) {
-    const KvLadder& ladder = e_.kv.ladder;
-    const int page = at(e_.kv.pages(full.sequence), full.page);
-    kernels_.code_page({m_.head_dim, ladder.groups(),
-                        e_.kv.keys(full.sequence, full.page, l, kv_head),
-                        e_.kv.values(full.sequence, full.page, l, kv_head),
-                        ladder.turn(l, kv_head, false), ladder.turn(l, kv_head, true),
-                        ladder.thresholds(), e_.kv.slot(page), ladder.map(e_.kv.rungs(page)),
-                        ladder.unit(l, kv_head, false), ladder.unit(l, kv_head, true)});
-}
-
-// The output of all heads of the only token: [heads · head_dim].
-void Forward::mean_of_parts(float* out) const {
-    const int parts = at(chunk_, 0).position / kPartTokens + 1;
-    for (int head = 0; head < m_.heads; ++head) {
-        // The first part itself must stay as it is: other threads add up the same.
-        alignas(64) float values[kMaxHeadDim];
-        const Attended first = b_.part(head, 0);
-        float best = *first.best, total = *first.total;
-        std::copy_n(first.values, b_.padded_head(), values);
-        const Attended sum{&best, &total, values};
-        for (int part = 1; part < parts; ++part)
-            kernels_.attend_more(b_.part(head, part), m_.head_dim, sum);
-        kernels_.attend_mean(sum, m_.head_dim, out + head * m_.head_dim);
-    }
-}
 
 // Supertiles of the head are computed into a small buffer and then scattered to their places.
 void Forward::head_rows(const Worker& w, int first, int last) {

@@ -12,6 +12,11 @@
 
 namespace pliant {
 
+template <typename T>
+auto& at(T& items, int index) {
+    return items[static_cast<size_t>(index)];
+}
+
 struct ChunkToken {
     int id, sequence, position;
     int logits, state;  // rows of the results, or -1
@@ -32,13 +37,12 @@ class Forward {
     // What one thread has.
     struct Worker {
         int self;
-        InputBuffer& in;   // of matrices: everybody's, or its own
-        int residual = 0;  // which of the two is up to date
-        size_t phase = 0;  // the next one
+        InputBuffer& in;                           // of matrices: everybody's, or its own
+        int residual = 0;                          // which of the two is up to date
+        size_t phase = 0;                          // the next one
+        int layer = -1, kv_head = -1, query = -1;  // whose queries are in its room
         // Pages of one task.
         std::vector<const uint16_t*> keys = {}, values = {};
-        std::vector<const uint8_t*> slots = {};
-        std::vector<SlotMap> maps = {};
     };
     // Queries of one sequence that share a KV head, and the parts of the pages that they look at. A
     // query is token · group + head in the group.
@@ -47,6 +51,14 @@ class Forward {
         int part;  // or -1: all
     };
 
+    // Whose pages are looked at, and by which queries.
+    struct Pages {
+        int layer, kv_head, sequence, token, queries;
+        const float* const* q;
+        const int* positions;
+        int window;
+        bool alone;
+    };
     // A page that this chunk fills: it is coded, layer by layer.
     struct FullPage {
         int sequence, page;
@@ -74,12 +86,15 @@ class Forward {
     int grain(int supertiles) const;
     void append(int l, int t, int kv_head);
     void load_query(int l, int t, int head, float* to) const;
+    void load_queries(Worker& w, int l, const AttentionTask& task);
     void attend(Worker& w, int l, const AttentionTask& task);
-    void attend_part(Worker& w, int l, int kv_head, int sequence, int part, int count,
-                     const float* const* queries, const int* positions, int latest,
-                     const Attended* drawn);
+    int coded_pages(int sequence, int position) const;
+    void attend_coded(Worker& w, const Pages& of, int begin, int end, const Attended* drawn);
+    int first_reads(const Worker& w, const Pages& of, Ahead* then) const;
+    void attend_exact(Worker& w, const Pages& of, int begin, int end, const Attended* drawn);
+    void with_newest(int l, int kv_head, const Attended& sum, const Attended& newest) const;
     void code_page(int l, int kv_head, const FullPage& full);
-    void mean_of_parts(float* out) const;
+    void mean_of_parts(int l, float* out) const;
     void head_rows(const Worker& w, int first, int last);
 
     Executor& e_;
@@ -95,7 +110,12 @@ class Forward {
     bool singles_;  // every sequence has one token: who attends appends its keys and values
     std::vector<int> wanted_, stated_;  // tokens whose logits, or states, are asked for
     std::vector<AttentionTask> tasks_;
-    std::vector<FullPage> full_;  // empty without a ladder
+    // Without a ladder these are empty. Slots of the pages of all sequences, and where those of a
+    // token's sequence begin.
+    std::vector<FullPage> full_;
+    std::vector<const uint8_t*> slots_;
+    std::vector<SlotMap> maps_;
+    std::vector<size_t> first_slot_;
 };
 
 }  // namespace pliant

@@ -39,6 +39,9 @@ class Phase {
         wait(tasks);
     }
 
+    // The first task that nobody has taken yet, now.
+    int next() const { return next_.load(std::memory_order_relaxed); }
+
   private:
     // Spins for some tens of microseconds, longer than a task usually takes, then sleeps.
     void wait(int tasks) {

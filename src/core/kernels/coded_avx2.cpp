@@ -185,9 +185,12 @@ void run_tokens(const CodedProduct& p, const Run& run, int s, int8_t* wh, int8_t
 }
 
 template <int N>
-void page_depth(const PlyProduct& p) {
+void page_depth(const PlyProduct& p, int page) {
+    fetch(p.ahead[page]);
+    const int8_t* x = p.x + static_cast<size_t>(page) * p.x_stride;
+    int32_t* out = p.out + page * p.vectors * kHalf;
     const uint8_t* planes[N];
-    for (int i = 0; i < N; ++i) planes[i] = p.plies + i * kUnitPly;
+    for (int i = 0; i < N; ++i) planes[i] = p.plies[page] + i * kUnitPly;
     for (int first = 0; first < kHalf; first += 8) {
         __m256i sums[kMaxQueries], lower[8], upper[8];
         for (int v = 0; v < p.vectors; ++v) sums[v] = _mm256_setzero_si256();
@@ -197,11 +200,16 @@ void page_depth(const PlyProduct& p) {
             if constexpr (N == 7) u = _mm256_and_si256(u, bytes(0x0E));
             const __m256i w = look_up<N>(p.levels->hi[N], lower[j], u);
             for (int v = 0; v < p.vectors; ++v)
-                sums[v] = dot(sums[v], w, broadcast(p.x + v * kHalf + 4 * j));
+                sums[v] = dot(sums[v], w, broadcast(x + v * kHalf + 4 * j));
         }
         for (int v = 0; v < p.vectors; ++v)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.out + v * kHalf + first), sums[v]);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + v * kHalf + first), sums[v]);
     }
+}
+
+template <int N>
+void page_pages(const PlyProduct& p) {
+    for (int page = 0; page < p.pages; ++page) page_depth<N>(p, page);
 }
 
 }  // namespace
@@ -209,21 +217,21 @@ void page_depth(const PlyProduct& p) {
 void page_product(const PlyProduct& p) {
     switch (p.depth) {
         case 1:
-            return page_depth<1>(p);
+            return page_pages<1>(p);
         case 2:
-            return page_depth<2>(p);
+            return page_pages<2>(p);
         case 3:
-            return page_depth<3>(p);
+            return page_pages<3>(p);
         case 4:
-            return page_depth<4>(p);
+            return page_pages<4>(p);
         case 5:
-            return page_depth<5>(p);
+            return page_pages<5>(p);
         case 6:
-            return page_depth<6>(p);
+            return page_pages<6>(p);
         case 7:
-            return page_depth<7>(p);
+            return page_pages<7>(p);
         default:
-            return page_depth<8>(p);
+            return page_pages<8>(p);
     }
 }
 

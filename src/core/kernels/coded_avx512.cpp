@@ -175,17 +175,24 @@ void all_tokens(const CodedProduct& p, int g, const uint8_t* wh, const uint8_t* 
     }
 }
 
-// Sums of Q vectors with 16 rows of a unit of a page.
-template <int Q>
+// Sums of Q vectors with 16 rows of a unit of a page. Either factor can be the unsigned one:
+// levels, as level + 128, or inputs that are not negative.
+template <bool Signed, int Q>
 struct PageSums {
     __m512i sum;
-    PageSums<Q - 1> rest;
+    PageSums<Signed, Q - 1> rest;
     PLIANT_INLINE void start(const int32_t* sums) {
-        sum = _mm512_set1_epi32(-128 * *sums);
+        if constexpr (Signed)
+            sum = _mm512_set1_epi32(-128 * *sums);
+        else
+            sum = _mm512_setzero_si512();
         rest.start(sums + 1);
     }
     PLIANT_INLINE void add(__m512i w, const int8_t* x) {
-        add_product(sum, w, broadcast(x));
+        if constexpr (Signed)
+            add_product(sum, w, broadcast(x));
+        else
+            add_product(sum, broadcast(x), w);
         rest.add(w, x + kHalf);
     }
     PLIANT_INLINE void write(int32_t* out) const {
@@ -193,26 +200,36 @@ struct PageSums {
         rest.write(out + kHalf);
     }
 };
-template <>
-struct PageSums<0> {
+template <bool Signed>
+struct PageSums<Signed, 0> {
     PLIANT_INLINE void start(const int32_t*) {}
     PLIANT_INLINE void add(__m512i, const int8_t*) {}
     PLIANT_INLINE void write(int32_t*) const {}
 };
 
+template <bool Signed, int N, int Q>
+void page_pages(const PlyProduct& p) {
+    const Table<N> table(p.levels->hi[N], Signed ? 0x80 : 0);
+    const int8_t* x = p.x;
+    int32_t* out = p.out;
+    for (int page = 0; page < p.pages; ++page, x += p.x_stride, out += Q * kHalf) {
+        fetch(p.ahead[page]);
+        const uint8_t* planes[N];
+        for (int i = 0; i < N; ++i) planes[i] = p.plies[page] + i * kUnitPly;
+        for (int tile = 0; tile < 2; ++tile) {
+            PageSums<Signed, Q> sums;
+            sums.start(p.sum);
+            __m512i index[8];
+            collect<N>(planes, static_cast<size_t>(64 * tile), index);
+            repeat<8>([&]<int j>() PLIANT_LAMBDA { sums.add(table(index[j]), x + 4 * j); });
+            sums.write(out + 16 * tile);
+        }
+    }
+}
+
 template <int N, int Q>
 void page_vectors(const PlyProduct& p) {
-    const Table<N> table(p.levels->hi[N], 0x80);
-    const uint8_t* planes[N];
-    for (int i = 0; i < N; ++i) planes[i] = p.plies + i * kUnitPly;
-    for (int tile = 0; tile < 2; ++tile) {
-        PageSums<Q> sums;
-        sums.start(p.sum);
-        __m512i index[8];
-        collect<N>(planes, static_cast<size_t>(64 * tile), index);
-        repeat<8>([&]<int j>() PLIANT_LAMBDA { sums.add(table(index[j]), p.x + 4 * j); });
-        sums.write(p.out + 16 * tile);
-    }
+    p.sum != nullptr ? page_pages<true, N, Q>(p) : page_pages<false, N, Q>(p);
 }
 
 template <int N>

@@ -81,18 +81,22 @@ void coded_product(const CodedProduct& p) {
 }
 
 void page_product(const PlyProduct& p) {
-    const uint8_t* planes[kMaxDepth] = {};
-    for (int i = 0; i < p.depth; ++i) planes[i] = p.plies + i * kUnitPly;
-    for (int r = 0; r < kHalf; ++r) {
-        int32_t level[kHalf];
-        // The two vectors of a unit lie as the two halves of 16 rows of weights.
-        for (int c = 0; c < kHalf; ++c)
-            level[c] =
-                p.levels->hi[p.depth][collect(planes, p.depth, 0, r % 16, r / 16 * kHalf + c)];
-        for (int v = 0; v < p.vectors; ++v) {
-            int32_t sum = 0;
-            for (int c = 0; c < kHalf; ++c) sum += level[c] * p.x[v * kHalf + c];
-            p.out[v * kHalf + r] = sum;
+    const int8_t* x = p.x;
+    int32_t* out = p.out;
+    for (int page = 0; page < p.pages; ++page, x += p.x_stride, out += p.vectors * kHalf) {
+        const uint8_t* planes[kMaxDepth] = {};
+        for (int i = 0; i < p.depth; ++i) planes[i] = p.plies[page] + i * kUnitPly;
+        for (int r = 0; r < kHalf; ++r) {
+            int32_t level[kHalf];
+            // The two vectors of a unit lie as the two halves of 16 rows of weights.
+            for (int c = 0; c < kHalf; ++c)
+                level[c] =
+                    p.levels->hi[p.depth][collect(planes, p.depth, 0, r % 16, r / 16 * kHalf + c)];
+            for (int v = 0; v < p.vectors; ++v) {
+                int32_t sum = 0;
+                for (int c = 0; c < kHalf; ++c) sum += level[c] * x[v * kHalf + c];
+                out[v * kHalf + r] = sum;
+            }
         }
     }
 }

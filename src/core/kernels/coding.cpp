@@ -1,7 +1,6 @@
 // Keys and values of the KV cache to plies and back (docs/kv.md). Compiled once for each
 // instruction set (see simd.h).
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -14,7 +13,8 @@ namespace pliant::PLIANT_ISA {
 
 namespace {
 
-constexpr int kVectors = kGroup / kLanes;
+constexpr int kVectors = kGroup / kLanes, kHalfVectors = kHalf / kLanes;
+constexpr int kCounted = 4;  // levels of the tree at which counting is cheaper than going down
 
 // The code whose scale is nearest to a root mean square, by ratio.
 uint8_t scale_code(float rms) {
@@ -22,6 +22,26 @@ uint8_t scale_code(float rms) {
     const float half_step = 1.0442738f;  // 2^(1/16)
     const float* found = std::lower_bound(kKvScales, end, rms / half_step);
     return static_cast<uint8_t>(std::min<long>(found - kKvScales, 255));
+}
+
+// Which of the 2^depth leaves of the tree a vector's values belong to. Thresholds rise with the
+// nodes of one depth, so as many of them are passed as there are leaves below.
+void find_leaves(const V* v, const float* thresholds, int depth, int32_t* leaf) {
+    V passed[kHalfVectors];
+    for (int i = 0; i < kHalfVectors; ++i) passed[i] = zero();
+    for (int node = 1; node < 1 << std::min(depth, kCounted); ++node)
+        for (int i = 0; i < kHalfVectors; ++i)
+            passed[i] = add(passed[i], one_from(v[i], thresholds[node]));
+    for (int i = 0; i < kHalfVectors; ++i) store_int(leaf + i * kLanes, passed[i]);
+    if (depth <= kCounted) return;
+    alignas(64) float values[kHalf];
+    for (int i = 0; i < kHalfVectors; ++i) store(values + i * kLanes, v[i]);
+    for (int i = 0; i < kHalf; ++i) {
+        int node = leaf[i] + (1 << kCounted);
+        for (int bit = kCounted; bit < depth; ++bit)
+            node = 2 * node + (values[i] >= thresholds[node]);
+        leaf[i] = node - (1 << depth);
+    }
 }
 
 // Turned rows of the tokens in one group, as indices into the tree, which is the same for both
@@ -38,17 +58,12 @@ void quantise(float (*x)[kGroup], int halves, const float* thresholds, const uin
         for (int i = 1; i < kVectors; ++i) squares = fma(v[i], v[i], squares);
         codes[t] = scale_code(std::sqrt(sum(squares)) * per_value);
         const V factor = set1(kHalfNorm / kKvScales[codes[t]]);
-        alignas(64) float z[kGroup];
-        for (int i = 0; i < kVectors; ++i) store(z + i * kLanes, mul(v[i], factor));
+        for (V& part : v) part = mul(part, factor);
         for (int half = 0; half < 2; ++half) {
-            const float* from = z + half * kHalf;
-            int32_t node[kHalf];
-            for (int& n : node) n = 1;
-            for (int bit = 0; bit < depths[half]; ++bit)
-                for (int i = 0; i < kHalf; ++i)
-                    node[i] = 2 * node[i] + (from[i] >= thresholds[node[i]]);
+            alignas(64) int32_t found[kHalf];
+            find_leaves(v + half * kHalfVectors, thresholds, depths[half], found);
             for (int i = 0; i < kHalf; ++i)
-                leaf[t][half * kHalf + i] = static_cast<uint8_t>(node[i] - (1 << depths[half]));
+                leaf[t][half * kHalf + i] = static_cast<uint8_t>(found[i]);
         }
     }
 }
@@ -111,9 +126,12 @@ void code_page(const PageCoding& p) {
 
 void turn_query(const Turn& turn, int head_dim, int groups, const float* query, int slot,
                 const CodedQueries& out) {
-    float of_mean = 0.0f;
-    for (int i = 0; i < head_dim; ++i) of_mean = std::fmaf(query[i], turn.mean[i], of_mean);
-    out.mean[slot] = of_mean;
+    V of_mean = zero();
+    for (int i = 0; i < head_dim; i += kLanes) {
+        const int n = std::min(kLanes, head_dim - i);
+        of_mean = fma(load_part(query + i, n), load_part(turn.mean + i, n), of_mean);
+    }
+    out.mean[slot] = sum(of_mean);
     for (int g = 0; g < groups; ++g) {
         alignas(64) float in[kGroup] = {};
         const int first = g * kGroup, count = std::min(kGroup, head_dim - first);
@@ -125,21 +143,14 @@ void turn_query(const Turn& turn, int head_dim, int groups, const float* query, 
         for (int i = 0; i < kVectors; ++i) v[i] = load(in + i * kLanes);
         rotate_halves(v);
         const float peak = largest(max(max(abs(v[0]), abs(v[1])), max(abs(v[2]), abs(v[3]))));
-        // Nothing, or no numbers: these must not become integers.
-        const bool usable = peak > 1e-30f && peak <= FLT_MAX;
-        const V factor = set1(usable ? 127.0f / peak : 0.0f);
-        alignas(64) int32_t whole[kGroup] = {};
-        for (int i = 0; usable && i < kVectors; ++i)
-            store_int(whole + i * kLanes, mul(v[i], factor));
+        const bool codable = can_be_coded(peak);
+        if (!codable)
+            for (V& part : v) part = zero();
         out.scale[g * kMaxQueries + slot] = peak * (kHalfNorm / 127.0f);
         for (int half = 0; half < 2; ++half) {
             const int at = (2 * g + half) * kMaxQueries + slot;
-            int32_t sum = 0;
-            for (int i = 0; i < kHalf; ++i) {
-                out.x[at * kHalf + i] = static_cast<int8_t>(whole[half * kHalf + i]);
-                sum += whole[half * kHalf + i];
-            }
-            out.sum[at] = sum;
+            out.sum[at] = code_bytes<kHalfVectors>(
+                v + half * kHalfVectors, codable ? 127.0f / peak : 0.0f, out.x + at * kHalf);
         }
     }
 }

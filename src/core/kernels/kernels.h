@@ -63,17 +63,26 @@ struct Attention {
 constexpr int kHalf = kGroup / 2;                  // channels of a unit of the KV cache
 constexpr int kUnitPly = kHalf * kPageTokens / 8;  // bytes of one ply of a unit
 
-// A unit of a page: keys (rows are the tokens, columns 32 channels) or values (rows are 32
+// Bytes that will be read soon.
+struct Ahead {
+    const uint8_t* from;
+    int bytes;
+};
+
+// A unit of some pages: keys (rows are the tokens, columns 32 channels) or values (rows are 32
 // channels, columns the tokens), in plies of 128 bytes: two vectors of 16 rows × 32 columns.
-// out[v][r] = Σ_c level[r][c] · x[v][c], in whole numbers.
+// out[page][v][r] = Σ_c level[r][c] · x[v][c], in whole numbers.
 struct PlyProduct {
-    const uint8_t* plies;  // one after the other, kUnitPly bytes each
-    int depth;             // 1 to kMaxDepth; levels have 8 bits at any depth
+    const uint8_t* const* plies;  // [pages]: the first, kUnitPly bytes; the others follow it
+    const Ahead* ahead;           // [pages]: to be fetched meanwhile
+    int pages;
+    int depth;  // 1 to kMaxDepth; levels have 8 bits at any depth
     const LevelTables* levels;
     int vectors;         // at most kMaxQueries
-    const int8_t* x;     // [vectors][32]
-    const int32_t* sum;  // [vectors]: of x
-    int32_t* out;        // [vectors][32]
+    const int8_t* x;     // [vectors][32] …
+    size_t x_stride;     // … of each page; 0: the same for all
+    const int32_t* sum;  // [vectors]: of x; null: no x is negative
+    int32_t* out;        // [pages][vectors][32]
 };
 
 // How a key or a value is turned before it is coded: less `mean`, times `scale`, gathered by
@@ -125,6 +134,9 @@ struct CodedAttention {
     const LevelTables* levels;
     float softcap;
     const struct Attended* out;  // [queries]
+    // What will be read after this, fetched while the last pages are multiplied.
+    const Ahead* then = nullptr;
+    int then_count = 0;
 };
 
 // What a query has drawn from some of the positions: Σ e^(score - best) · value, padded to 16, and

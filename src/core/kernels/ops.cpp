@@ -3,7 +3,6 @@
 #include "ops.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -14,8 +13,6 @@
 namespace pliant::PLIANT_ISA {
 
 namespace {
-
-constexpr float kLeastPeak = 1e-30f;  // 32512 / peak must be a number
 
 template <typename F>
 inline void each_vector(int n, F&& f) {  // f(offset, lanes)
@@ -43,8 +40,7 @@ void prepare(const float* x, const uint16_t* order, int columns, bool wide, Prep
         int8_t* hi = out->hi + at * kGroup;
         int8_t* lo = out->lo + at * kGroup;
         out->sum_hi[at] = out->sum_lo[at] = 0;
-        if (!(peak > kLeastPeak && peak <= FLT_MAX)) {
-            // Nothing, or no numbers: these must not become integers, whose sums would overflow.
+        if (!can_be_coded(peak)) {
             std::memset(hi, 0, kGroup);
             if (wide) std::memset(lo, 0, kGroup);
             out->scale[at] = peak <= kLeastPeak ? 0.0f : NAN;

@@ -5,10 +5,16 @@
 
 namespace pliant {
 
+// Into the second cache: the first has too few places for lines on their way.
+inline void fetch(const Ahead& ahead) {
+    for (int i = 0; i < ahead.bytes; i += 64) __builtin_prefetch(ahead.from + i, 0, 1);
+}
+
 namespace plain {
 void fill_ops(Kernels& kernels);
 void fill_attention(Kernels& kernels);
 void fill_coding(Kernels& kernels);
+void attend_coded(const CodedAttention& attention);
 void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
 void coded_row(const CodedBlock& block, const LevelTables& levels, int row, const uint16_t* order,
@@ -19,6 +25,7 @@ namespace avx2 {
 void fill_ops(Kernels& kernels);
 void fill_attention(Kernels& kernels);
 void fill_coding(Kernels& kernels);
+void attend_coded(const CodedAttention& attention);
 void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
 }  // namespace avx2
@@ -27,6 +34,7 @@ namespace avx512 {
 void fill_ops(Kernels& kernels);
 void fill_attention(Kernels& kernels);
 void fill_coding(Kernels& kernels);
+void attend_coded(const CodedAttention& attention);
 void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
 }  // namespace avx512

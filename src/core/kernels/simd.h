@@ -2,9 +2,12 @@
 // is the same IEEE operation in each of them, so kernels built on it give the same bits everywhere.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "../coded.h"
 
 #if defined(PLIANT_AVX512)
 #include <immintrin.h>
@@ -50,7 +53,11 @@ inline V max(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline V min(V a, V b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline V round(V a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline V scale2(V a, V n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a · 2^n, n a whole number
-inline V zero_below(V a, V x, float limit) {                        // x < limit ? 0 : a
+inline V one_from(V a, float limit) {                               // a >= limit ? 1 : 0
+    const __mmask16 above = _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_GE_OQ);
+    return {_mm512_maskz_mov_ps(above, _mm512_set1_ps(1.0f))};
+}
+inline V zero_below(V a, V x, float limit) {  // x < limit ? 0 : a
     const __mmask16 keep = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ);
     return {_mm512_maskz_mov_ps(keep, a.v)};
 }
@@ -67,6 +74,18 @@ inline V load_bf16(const uint16_t* p) {
 }
 inline void store_int(int32_t* p, V a) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(a.v)); }
 inline V load_int(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+inline void store_bytes(int8_t* p, V a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+inline V kv_scales(const uint8_t* codes) {
+    const __m512i code =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    // The first octave twice: the index is taken by its low four bits.
+    const __m512i octave = _mm512_castps_si512(
+        _mm512_permutexvar_ps(code, _mm512_broadcast_f32x8(_mm256_loadu_ps(kKvScales))));
+    return {_mm512_castsi512_ps(
+        _mm512_add_epi32(octave, _mm512_slli_epi32(_mm512_srli_epi32(code, 3), 23)))};
+}
 template <int S>
 inline V butterfly(V a) {  // lanes i, i ^ S: sum in the lower, difference in the upper
     __m512 swapped;
@@ -123,6 +142,11 @@ inline V scale2(V x, V n) {
     };
     return {_mm256_mul_ps(x.a, power(n.a)), _mm256_mul_ps(x.b, power(n.b))};
 }
+inline V one_from(V x, float limit) {
+    const __m256 l = _mm256_set1_ps(limit), one = _mm256_set1_ps(1.0f);
+    return {_mm256_and_ps(one, _mm256_cmp_ps(x.a, l, _CMP_GE_OQ)),
+            _mm256_and_ps(one, _mm256_cmp_ps(x.b, l, _CMP_GE_OQ))};
+}
 inline V zero_below(V a, V x, float limit) {
     const __m256 l = _mm256_set1_ps(limit);
     return {_mm256_and_ps(a.a, _mm256_cmp_ps(x.a, l, _CMP_NLT_UQ)),
@@ -156,6 +180,23 @@ inline V load_int(const int32_t* p) {
         return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
     };
     return {part(p), part(p + 8)};
+}
+inline void store_bytes(int8_t* p, V x) {
+    const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
+    const __m128i low = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i high = _mm_packs_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, high));
+}
+inline V kv_scales(const uint8_t* codes) {
+    const __m256 octave = _mm256_loadu_ps(kKvScales);
+    const auto part = [&](const uint8_t* c) {
+        const __m256i code =
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(c)));
+        return _mm256_castsi256_ps(_mm256_add_epi32(  // the index is taken by its low three bits
+            _mm256_castps_si256(_mm256_permutevar8x32_ps(octave, code)),
+            _mm256_slli_epi32(_mm256_srli_epi32(code, 3), 23)));
+    };
+    return {part(codes), part(codes + 8)};
 }
 template <int S>
 inline V butterfly(V x) {
@@ -204,6 +245,7 @@ inline V round(const V& a) { PLIANT_EACH(std::nearbyintf(a.f[i])); }
 inline V scale2(const V& a, const V& n) {
     PLIANT_EACH(std::ldexp(a.f[i], static_cast<int>(n.f[i])));
 }
+inline V one_from(const V& a, float limit) { PLIANT_EACH(a.f[i] >= limit ? 1.0f : 0.0f); }
 inline V zero_below(const V& a, const V& x, float limit) {
     PLIANT_EACH(x.f[i] < limit ? 0.0f : a.f[i]);
 }
@@ -257,6 +299,10 @@ inline void store_int(int32_t* p, const V& a) {
         p[i] = f >= -2147483648.0f && f < 2147483648.0f ? static_cast<int32_t>(f) : INT32_MIN;
     }
 }
+inline void store_bytes(int8_t* p, const V& a) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(std::nearbyintf(a.f[i]));
+}
+inline V kv_scales(const uint8_t* codes) { PLIANT_EACH(kKvScales[codes[i]]); }
 template <int S>
 inline V butterfly(const V& a) {
     PLIANT_EACH((i & S) ? a.f[i ^ S] - a.f[i] : a.f[i ^ S] + a.f[i]);
@@ -266,6 +312,11 @@ inline V butterfly(const V& a) {
 #endif
 
 inline V zero() { return set1(0.0f); }
+
+// Whether values up to this peak can be coded as integers relative to it: nothing, or no numbers,
+// must not become integers, whose sums would overflow.
+constexpr float kLeastPeak = 1e-30f;  // 32512 / peak must be a number
+inline bool can_be_coded(float peak) { return peak > kLeastPeak && peak <= FLT_MAX; }
 
 // Folds the lanes, always in the same order: halves are brought together, four times.
 #if defined(PLIANT_AVX512) || defined(PLIANT_AVX2)
@@ -295,6 +346,15 @@ inline float largest(V a) {
     return a.f[0];
 }
 #endif
+
+// Codes N vectors, times `factor`, as whole numbers of a byte, [N · kLanes]; returns their sum.
+template <int N>
+inline int32_t code_bytes(const V* v, float factor, int8_t* out) {
+    for (int i = 0; i < N; ++i) store_bytes(out + i * kLanes, mul(v[i], set1(factor)));
+    int32_t sum = 0;
+    for (int i = 0; i < N * kLanes; ++i) sum += out[i];
+    return sum;
+}
 
 // e^x to about 2 ulp: 2^n · e^r with |r| <= ln 2 / 2, and a polynomial of degree 6 (coefficients:
 // Taylor's, the last two shifted to halve the error at the ends). Zero below -87.3, e^88.3

@@ -1,0 +1,260 @@
+// The attention of a chunk: who attends to what, and in which order it is added up.
+#include <algorithm>
+
+#include "forward.h"
+
+namespace pliant {
+
+namespace {
+
+constexpr int kPartTokens = kPartPages * kPageTokens;
+constexpr int kThen = 4;  // pages of the next task that are fetched in this one
+
+}  // namespace
+
+void Forward::plan_attention() {
+    const bool coded = e_.kv.ladder.present();
+    for (int t = 0; coded && t < tokens_; ++t) {
+        const ChunkToken& token = at(chunk_, t);
+        if ((token.position + 1) % kPageTokens == 0)
+            full_.push_back({token.sequence, token.position / kPageTokens});
+        // The same for all layers and heads.
+        if (t > 0 && token.sequence == at(chunk_, t - 1).sequence) {
+            first_slot_.push_back(first_slot_.back());
+            continue;
+        }
+        first_slot_.push_back(slots_.size());
+        for (int page : e_.kv.pages(token.sequence)) {
+            slots_.push_back(e_.kv.slot(page));
+            maps_.push_back(e_.kv.ladder.map(e_.kv.rungs(page)));
+        }
+    }
+    singles_ = group_ <= kMaxQueries;
+    for (int t = 1; t < tokens_; ++t)
+        if (at(chunk_, t).sequence == at(chunk_, t - 1).sequence) singles_ = false;
+    if (alone_) {  // the threads share the positions
+        const int parts = at(chunk_, 0).position / kPartTokens + 1;
+        for (int h = 0; h < m_.kv_heads; ++h)
+            for (int q = 0; q < group_; q += kMaxQueries)
+                for (int part = 0; part < parts; ++part)
+                    tasks_.push_back({h, q, std::min(q + kMaxQueries, group_), part});
+        return;
+    }
+    // As many queries in a task as possible, fewer if there are few.
+    int most = kMaxQueries;
+    while (!singles_ && most > 1 &&
+           m_.kv_heads * ((tokens_ * group_ + most - 1) / most) < 2 * threads_)
+        most = (most + 1) / 2;
+    for (int t = 0; t < tokens_;) {
+        // Tokens of this sequence; with coded pages, of one page, which is exact for them alone.
+        int end = t;
+        const ChunkToken& first = at(chunk_, t);
+        while (end < tokens_ && at(chunk_, end).sequence == first.sequence &&
+               (!coded || at(chunk_, end).position / kPageTokens == first.position / kPageTokens))
+            ++end;
+        for (int h = 0; h < m_.kv_heads; ++h)
+            for (int q = t * group_; q < end * group_; q += most)
+                tasks_.push_back({h, q, std::min(q + most, end * group_), -1});
+        t = end;
+    }
+    // Late tokens see more: they come first, so that no thread is left with a long task at the end.
+    std::reverse(tasks_.begin(), tasks_.end());
+}
+
+// Keys are normed and rotated; keys and values go to their page.
+void Forward::append(int l, int t, int kv_head) {
+    const Layer& layer = at(e_.layers_, l);
+    const ChunkToken& token = at(chunk_, t);
+    const size_t rope = static_cast<size_t>(at(m_.layer_rope, l));
+    const int page = token.position / kPageTokens, slot = token.position % kPageTokens;
+    float* k = b_.k.row(t) + kv_head * m_.head_dim;
+    if (!layer.k_norm.empty())
+        kernels_.rms_norm(k, layer.k_norm.data(), m_.head_dim, m_.norm_eps, k);
+    kernels_.rope(k, b_.cosine_row(rope, t), b_.sine_row(rope, t), m_.head_dim);
+    uint16_t halves[kMaxHeadDim];
+    kernels_.to_half(k, m_.head_dim, halves);
+    uint16_t* keys = e_.kv.keys(token.sequence, page, l, kv_head);
+    for (int i = 0; i < m_.head_dim; ++i) keys[i * kPageTokens + slot] = halves[i];
+    kernels_.to_half(b_.v.row(t) + kv_head * m_.head_dim, m_.head_dim,
+                     e_.kv.values(token.sequence, page, l, kv_head) + slot * e_.kv.value_stride());
+}
+
+// A query, normed, rotated and scaled.
+void Forward::load_query(int l, int t, int head, float* to) const {
+    const Layer& layer = at(e_.layers_, l);
+    const size_t rope = static_cast<size_t>(at(m_.layer_rope, l));
+    const float* q = b_.q.row(t) + head * m_.head_dim;
+    if (layer.q_norm.empty())
+        std::copy_n(q, m_.head_dim, to);
+    else
+        kernels_.rms_norm(q, layer.q_norm.data(), m_.head_dim, m_.norm_eps, to);
+    kernels_.rope(to, b_.cosine_row(rope, t), b_.sine_row(rope, t), m_.head_dim);
+    for (int i = 0; i < m_.head_dim; ++i) to[i] *= m_.attn_scale;
+}
+
+// The queries of a task, as they are and for coded pages. A thread that goes on with other
+// positions has them already.
+void Forward::load_queries(Worker& w, int l, const AttentionTask& task) {
+    if (task.part >= 0 && w.layer == l && w.kv_head == task.kv_head && w.query == task.first)
+        return;
+    const AttentionRoom& room = at(b_.attention, w.self);
+    const KvLadder& ladder = e_.kv.ladder;
+    for (int q = task.first; q < task.last; ++q) {
+        const int slot = q - task.first;
+        load_query(l, q / group_, task.kv_head * group_ + q % group_, room.query(slot));
+        if (ladder.present())
+            kernels_.turn_query(ladder.turn(l, task.kv_head, false), m_.head_dim, ladder.groups(),
+                                room.query(slot), slot, room.coded());
+    }
+    w.layer = l;
+    w.kv_head = task.kv_head;
+    w.query = task.first;
+}
+
+void Forward::attend(Worker& w, int l, const AttentionTask& task) {
+    AttentionRoom& room = at(b_.attention, w.self);
+    const KvLadder& ladder = e_.kv.ladder;
+    const bool coded = ladder.present(), alone = task.part >= 0;
+    load_queries(w, l, task);
+    const float* queries[kMaxQueries];
+    int positions[kMaxQueries];
+    int latest = 0;
+    const int sequence = at(chunk_, task.first / group_).sequence;
+    for (int q = task.first; q < task.last; ++q) {
+        const int slot = q - task.first;
+        queries[slot] = room.query(slot);
+        positions[slot] = at(chunk_, q / group_).position;
+        latest = std::max(latest, positions[slot]);
+    }
+    const int window = at(m_.layer_window, l), count = task.last - task.first;
+    const int last_part = alone ? task.part : latest / kPartTokens;
+    const int seen = window > 0 ? std::max(0, positions[0] - window + 1) : 0;
+    const int first_part = alone ? task.part : seen / kPartTokens;
+    const bool newest = last_part == latest / kPartTokens;
+    if (newest && singles_) append(l, task.first / group_, task.kv_head);
+
+    // With a ladder all pages before the newest are coded, and added up as they are, turned.
+    const int pages = coded ? coded_pages(sequence, latest) : latest / kPageTokens + 1;
+    const int dims = coded ? ladder.groups() * kGroup : m_.head_dim;
+    const Pages of{l,         task.kv_head, sequence, task.first / group_, count, queries,
+                   positions, window,       alone};
+    const auto head = [&](int slot) {
+        return task.kv_head * group_ + (task.first + slot) % group_;
+    };
+    Attended drawn[kMaxQueries];
+    for (int part = first_part; part <= last_part; ++part) {
+        for (int slot = 0; slot < count; ++slot)
+            drawn[slot] = alone                ? b_.part(head(slot), part)
+                          : part == first_part ? room.sum(slot)
+                                               : room.more(slot);
+        const int begin = part * kPartPages;
+        const int end = std::max(begin, std::min(pages, begin + kPartPages));
+        coded ? attend_coded(w, of, begin, end, drawn) : attend_exact(w, of, begin, end, drawn);
+        if (part > first_part)
+            for (int slot = 0; slot < count; ++slot)
+                kernels_.attend_more(room.more(slot), dims, room.sum(slot));
+    }
+    if (coded && newest) {
+        for (int slot = 0; slot < count; ++slot)
+            drawn[slot] = alone ? b_.newest(head(slot)) : room.more(slot);
+        attend_exact(w, of, pages, latest / kPageTokens + 1, drawn);
+        for (const FullPage& full : full_)
+            if (singles_ && full.sequence == sequence) code_page(l, task.kv_head, full);
+    }
+    if (alone) return;
+    for (int slot = 0; slot < count; ++slot) {
+        if (coded) with_newest(l, task.kv_head, room.sum(slot), room.more(slot));
+        kernels_.attend_mean(room.sum(slot), m_.head_dim,
+                             b_.input.row((task.first + slot) / group_) + head(slot) * m_.head_dim);
+    }
+}
+
+// How many pages a token sees coded.
+int Forward::coded_pages(int sequence, int position) const {
+    const int newest = position / kPageTokens;
+    const bool all =
+        e_.kv.code_newest && !singles_ && (newest + 1) * kPageTokens <= e_.kv.length(sequence);
+    return newest + (all ? 1 : 0);
+}
+
+void Forward::attend_coded(Worker& w, const Pages& of, int begin, int end, const Attended* drawn) {
+    const KvLadder& ladder = e_.kv.ladder;
+    const size_t first = at(first_slot_, of.token) + static_cast<size_t>(begin);
+    const CodedQueries queries = at(b_.attention, w.self).coded();
+    Ahead then[kThen];
+    const int then_count = of.alone ? first_reads(w, of, then) : 0;
+    kernels_.attend_coded({ladder.groups(), of.queries, &queries, of.positions, of.window, begin,
+                           end - begin, slots_.data() + first, maps_.data() + first,
+                           ladder.unit(of.layer, of.kv_head, false),
+                           ladder.unit(of.layer, of.kv_head, true), &e_.weights.levels,
+                           m_.attn_softcap, drawn, then, then_count});
+}
+
+// What the next task of this thread will read first, if the others take one meanwhile: the keys of
+// some pages. It is a guess: a wrong one costs a few reads.
+int Forward::first_reads(const Worker& w, const Pages& of, Ahead* then) const {
+    const int next = at(e_.phases_, static_cast<int>(w.phase) - 1).next() + threads_ - 1;
+    if (next >= static_cast<int>(tasks_.size()) || of.window > 0) return 0;
+    const AttentionTask& task = at(tasks_, next);
+    const KvLadder& ladder = e_.kv.ladder;
+    const int keys = ladder.unit(of.layer, task.kv_head, false);
+    const int values = ladder.unit(of.layer, task.kv_head, true);
+    const int begin = task.part * kPartPages;
+    const int count = std::min(kThen, coded_pages(of.sequence, of.positions[0]) - begin);
+    for (int i = 0; i < count; ++i) {
+        const size_t page = at(first_slot_, of.token) + static_cast<size_t>(begin + i);
+        const uint32_t first = maps_[page].codes[keys / 2];
+        then[i] = {slots_[page] + first, static_cast<int>(maps_[page].plies[values] - first)};
+    }
+    return std::max(count, 0);
+}
+
+void Forward::attend_exact(Worker& w, const Pages& of, int begin, int end, const Attended* drawn) {
+    w.keys.clear();
+    w.values.clear();
+    for (int page = begin; page < end; ++page) {
+        w.keys.push_back(e_.kv.keys(of.sequence, page, of.layer, of.kv_head));
+        w.values.push_back(e_.kv.values(of.sequence, page, of.layer, of.kv_head));
+    }
+    kernels_.attend({m_.head_dim, of.queries, of.q, of.positions, of.window, begin, end - begin,
+                     w.keys.data(), w.values.data(), m_.attn_softcap, drawn});
+}
+
+// Turns back what was drawn from all coded pages, and adds what was drawn from the exact one.
+void Forward::with_newest(int l, int kv_head, const Attended& sum, const Attended& newest) const {
+    const KvLadder& ladder = e_.kv.ladder;
+    kernels_.turn_back(ladder.turn(l, kv_head, true), m_.head_dim, ladder.groups(), sum);
+    kernels_.attend_more(newest, m_.head_dim, sum);
+}
+
+void Forward::code_page(int l, int kv_head, const FullPage& full) {
+    const KvLadder& ladder = e_.kv.ladder;
+    const int page = at(e_.kv.pages(full.sequence), full.page);
+    kernels_.code_page({m_.head_dim, ladder.groups(),
+                        e_.kv.keys(full.sequence, full.page, l, kv_head),
+                        e_.kv.values(full.sequence, full.page, l, kv_head),
+                        ladder.turn(l, kv_head, false), ladder.turn(l, kv_head, true),
+                        ladder.thresholds(), e_.kv.slot(page), ladder.map(e_.kv.rungs(page)),
+                        ladder.unit(l, kv_head, false), ladder.unit(l, kv_head, true)});
+}
+
+// The output of all heads of the only token: [heads · head_dim].
+void Forward::mean_of_parts(int l, float* out) const {
+    const int parts = at(chunk_, 0).position / kPartTokens + 1;
+    const bool coded = e_.kv.ladder.present();
+    const int dims = coded ? e_.kv.ladder.groups() * kGroup : m_.head_dim;
+    for (int head = 0; head < m_.heads; ++head) {
+        // The first part itself must stay as it is: other threads add up the same.
+        alignas(64) float values[kMaxHeadDim];
+        const Attended first = b_.part(head, 0);
+        float best = *first.best, total = *first.total;
+        std::copy_n(first.values, b_.padded_head(), values);
+        const Attended sum{&best, &total, values};
+        for (int part = 1; part < parts; ++part)
+            kernels_.attend_more(b_.part(head, part), dims, sum);
+        if (coded) with_newest(l, head / group_, sum, b_.newest(head));
+        kernels_.attend_mean(sum, m_.head_dim, out + head * m_.head_dim);
+    }
+}
+
+}  // namespace pliant
