@@ -333,7 +333,11 @@ void Forward::multiply(const Worker& w, const Linear& linear, int first, int las
 }
 
 // Supertiles of a task: a few tasks for each thread, so that one that is late is not waited for.
-int Forward::grain(int supertiles) const { return std::max(1, supertiles / (2 * threads_)); }
+// With many tokens a task takes long, and more of them leave less to wait for at the end.
+int Forward::grain(int supertiles) const {
+    const int tasks = (tokens_ < 32 ? 2 : 8) * threads_;
+    return std::max(1, supertiles / tasks);
+}
 
 // Keys are normed and rotated; keys and values go to their page.
 void Forward::append(int l, int t, int kv_head) {

@@ -113,22 +113,13 @@ class Walk {
         const size_t group = static_cast<size_t>(g), tile = static_cast<size_t>(supertile_);
         batch.group[i] = g;
         row_steps(block.codes[group], tile, _mm512_load_ps(p_.levels->steps), batch.step[i]);
-        const float* scale = p_.x->scale + p_.x->at(g, 0);
-        const __m512 of_group = _mm512_set1_ps(block.group_scale[g]);
-        const __m512 of_depth = _mm512_set1_ps(p_.levels->scale[depth]);
-        for (int t = 0; t < p_.tokens; t += 16) {  // as factor_of
-            const int rest = std::min(p_.tokens - t, 16);
-            const __m512 some =
-                _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << rest) - 1), scale + t);
-            _mm512_store_ps(batch.factors[i] + t,
-                            _mm512_mul_ps(_mm512_mul_ps(some, of_group), of_depth));
-        }
+        factors_of(p_, g, depth, batch.factors[i]);
         with_depth(depth, [&]<int N>() {
             const Table<N> hi(p_.levels->hi[N], 0), lo(p_.levels->lo[N], 0);
             const uint8_t* planes[N];
             for (int ply = 0; ply < N; ++ply)
-                planes[ply] = block.planes[group * kMaxDepth + static_cast<size_t>(ply)] +
-                              tile * 256;
+                planes[ply] =
+                    block.planes[group * kMaxDepth + static_cast<size_t>(ply)] + tile * 256;
             decode<N>(planes, hi, lo, batch.high[i], batch.low[i]);
         });
     }
@@ -147,8 +138,8 @@ struct Room {
 // A whole number below 2^22 as the float kMagic + n, without a conversion.
 constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23
 PLIANT_INLINE __m512 shifted(const int32_t* from) {
-    return _mm512_castsi512_ps(_mm512_add_epi32(
-        _mm512_load_si512(from), _mm512_castps_si512(_mm512_set1_ps(kMagic))));
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_load_si512(from), _mm512_castps_si512(_mm512_set1_ps(kMagic))));
 }
 
 // While tiles are at work, the processor adds and multiplies floats at half of its speed, so there
@@ -163,8 +154,8 @@ struct Steps {
         if constexpr (!Wide) return _mm512_fmadd_ps(shifted(top), step, shift);
         constexpr float kBoth = kMagic + kMagic / 256.0f;
         const __m512 high = _mm512_sub_ps(shifted(top), _mm512_set1_ps(kBoth));
-        return _mm512_mul_ps(
-            _mm512_fmadd_ps(shifted(middle), _mm512_set1_ps(1.0f / 256.0f), high), step);
+        return _mm512_mul_ps(_mm512_fmadd_ps(shifted(middle), _mm512_set1_ps(1.0f / 256.0f), high),
+                             step);
     }
 };
 
