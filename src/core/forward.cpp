@@ -113,7 +113,13 @@ void Forward::phase(Worker& w, int tasks, F&& task) {
 template <typename Prepare, typename Task>
 void Forward::block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task) {
     if (!alone_) {
-        phase(w, inputs, [&](int row) { prepare(row, true); });
+        // Neighbours go to one thread where there are enough of them: scales of 16 inputs share a
+        // line of the cache.
+        const int piece = std::clamp(inputs / (4 * threads_), 1, 16);
+        phase(w, (inputs + piece - 1) / piece, [&](int i) {
+            for (int row = i * piece; row < std::min((i + 1) * piece, inputs); ++row)
+                prepare(row, true);
+        });
         phase(w, tasks, task);
         return;
     }
@@ -183,10 +189,15 @@ void Forward::attention(Worker& w, int l) {
         });
     if (after != nullptr) w.residual ^= 1;
 
-    if (!singles_)
-        phase(w, tokens_, [&](int t) {
-            for (int h = 0; h < m_.kv_heads; ++h) append(l, t, h);
+    if (!singles_) {
+        // The keys of a page have a channel of all its tokens in one line of the cache.
+        const int pages = (tokens_ + kPageTokens - 1) / kPageTokens;
+        phase(w, pages * m_.kv_heads, [&](int i) {
+            const int first = i / m_.kv_heads * kPageTokens;
+            for (int t = first; t < std::min(first + kPageTokens, tokens_); ++t)
+                append(l, t, i % m_.kv_heads);
         });
+    }
     if (!singles_ && !full_.empty())
         phase(w, static_cast<int>(full_.size()) * m_.kv_heads,
               [&](int i) { code_page(l, i % m_.kv_heads, at(full_, i / m_.kv_heads)); });
