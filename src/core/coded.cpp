@@ -1,6 +1,10 @@
 #include "coded.h"
 
+#include <bit>
 #include <cmath>
+#include <string>
+
+#include "error.h"
 
 namespace pliant {
 
@@ -24,6 +28,14 @@ int level_number(int depth, int byte) {
     }
 }
 
+constexpr float kMostStep = 0x1p64f;
+
+// Rounded to 22 bits: 1.5 · 2^23 times it is then exact, on which kernels build.
+float with_22_bits(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    return std::bit_cast<float>((bits + 1 + (bits >> 2 & 1)) & ~3u);
+}
+
 const float* make_kv_scales() {
     static float scales[256];
     for (int code = 0; code < 256; ++code)  // octaves are the same but for their exponent
@@ -37,7 +49,12 @@ const float* make_kv_scales() {
 const float* const kKvScales = make_kv_scales();
 
 void LevelTables::build(const float* levels, const float* scale_steps) {
-    for (int i = 0; i < 16; ++i) steps[i] = scale_steps[i];
+    for (int i = 0; i < 16; ++i) {
+        if (!(scale_steps[i] > 0.0f && scale_steps[i] <= kMostStep))
+            throw FormatError("scale step " + std::to_string(i) + " is " +
+                              std::to_string(scale_steps[i]) + ", not above 0 and at most 2^64");
+        steps[i] = with_22_bits(scale_steps[i]);
+    }
     for (int depth = 1; depth <= kMaxDepth; ++depth) {
         const int count = 1 << depth;
         const float* level = levels + count - 2;

@@ -69,7 +69,13 @@ void Forward::phase(Worker& w, int tasks, F&& task) {
 template <typename Prepare, typename Task>
 void Forward::block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task) {
     if (!alone_) {
-        phase(w, inputs, [&](int row) { prepare(row, true); });
+        // Neighbours go to one thread where there are enough of them: scales of 16 inputs share a
+        // line of the cache.
+        const int piece = std::clamp(inputs / (4 * threads_), 1, 16);
+        phase(w, (inputs + piece - 1) / piece, [&](int i) {
+            for (int row = i * piece; row < std::min((i + 1) * piece, inputs); ++row)
+                prepare(row, true);
+        });
         phase(w, tasks, task);
         return;
     }
@@ -139,10 +145,15 @@ void Forward::attention(Worker& w, int l) {
         });
     if (after != nullptr) w.residual ^= 1;
 
-    if (!singles_)
-        phase(w, tokens_, [&](int t) {
-            for (int h = 0; h < m_.kv_heads; ++h) append(l, t, h);
+    if (!singles_) {
+        // The keys of a page have a channel of all its tokens in one line of the cache.
+        const int pages = (tokens_ + kPageTokens - 1) / kPageTokens;
+        phase(w, pages * m_.kv_heads, [&](int i) {
+            const int first = i / m_.kv_heads * kPageTokens;
+            for (int t = first; t < std::min(first + kPageTokens, tokens_); ++t)
+                append(l, t, i % m_.kv_heads);
         });
+    }
     if (!singles_ && !full_.empty())
         phase(w, static_cast<int>(full_.size()) * m_.kv_heads,
               [&](int i) { code_page(l, i % m_.kv_heads, at(full_, i / m_.kv_heads)); });
@@ -289,7 +300,11 @@ void Forward::multiply(const Worker& w, const Linear& linear, int first, int las
 }
 
 // Supertiles of a task: a few tasks for each thread, so that one that is late is not waited for.
-int Forward::grain(int supertiles) const { return std::max(1, supertiles / (2 * threads_)); }
+// With many tokens a task takes long, and more of them leave less to wait for at the end.
+int Forward::grain(int supertiles) const {
+    const int tasks = (tokens_ < 32 ? 2 : 8) * threads_;
+    return std::max(1, supertiles / tasks);
+}
 
 // Supertiles of the head are computed into a small buffer and then scattered to their places.
 void Forward::head_rows(const Worker& w, int first, int last) {

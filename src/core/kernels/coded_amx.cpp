@@ -15,8 +15,9 @@ using namespace avx512;
 constexpr int kTileRows = 16;
 constexpr int kFewTokens = 4;
 
-// Tiles 0, 1: levels of the two tiles of rows; 2, 3: their low parts; 4, 5: inputs and their low
-// parts; 6, 7: sums.
+constexpr int kBatch = 3;  // groups whose products are added up together
+
+// Tiles 0, 1: levels of the two tiles of rows; 2, 3: inputs and their low parts; 4 to 7: sums.
 struct Config {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
@@ -25,7 +26,7 @@ struct Config {
     explicit Config(int tokens) {
         for (int tile = 0; tile < 8; ++tile) {
             bytes[tile] = 64;
-            rows[tile] = static_cast<uint8_t>(tile < 4 ? kTileRows : tokens);
+            rows[tile] = static_cast<uint8_t>(tile < 2 ? kTileRows : tokens);
         }
     }
 };
@@ -60,75 +61,204 @@ struct Tiling {
     int first(int tile) const { return std::min(tile * rows, tokens - rows); }
 };
 
-struct Room {
-    alignas(64) int32_t top[2][kTileRows][16], middle[2][kTileRows][16];
+// Neighbouring groups of one supertile that are all deep or all shallow, decoded.
+struct Batch {
+    alignas(64) uint8_t high[kBatch][kSupertile * kGroup], low[kBatch][kSupertile * kGroup];
+    alignas(64) float factors[kBatch][kMaxTokens];
+    __m512 step[kBatch][2];
+    int group[kBatch];
+    int count = 0, supertile = 0;
+    bool wide = false, first = false, last = false;  // of the groups of this supertile
 };
 
-// Adds the sums of tokens [begin, end), which lie in the room from row `skip` on.
-template <bool Wide>
-PLIANT_INLINE void finish(const Room& room, int skip, int begin, int end, const float* factors,
-                          const __m512* step, float* sums) {
-    for (int t = begin, row = skip; t < end; ++t, ++row) {
-        const __m512 factor = _mm512_set1_ps(factors[t]);
-        for (int half = 0; half < 2; ++half) {
-            const __m512 value = to_float<Wide>(_mm512_load_si512(room.top[half][row]),
-                                                _mm512_load_si512(room.middle[half][row]));
-            float* sum = sums + t * kSupertile + 16 * half;
-            _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_mul_ps(value, step[half]), factor,
-                                                 _mm512_load_ps(sum)));
+// Walks over the batches of supertiles.
+class Walk {
+  public:
+    explicit Walk(const CodedProduct& p) : p_(p), supertile_(p.first) {}
+
+    // Decodes the next batch; false: there is none.
+    bool next(Batch& batch) {
+        if (supertile_ == p_.last) return false;
+        const CodedBlock& block = *p_.block;
+        batch.supertile = supertile_;
+        batch.first = run_ == 0 && at_ == 0;
+        batch.wide = block.runs[run_].depth >= kWideDepth;
+        batch.count = share();
+        for (int i = 0; i < batch.count; ++i) {
+            const Run& run = block.runs[run_];
+            decode_group(batch, i, run.first + at_, run.depth);
+            if (++at_ == run.count) ++run_, at_ = 0;
+        }
+        batch.last = run_ == block.runs.size();
+        if (batch.last) run_ = 0, ++supertile_;
+        return true;
+    }
+
+  private:
+    // The groups up to the next change between deep and shallow ones, in batches of one size.
+    int share() const {
+        const CodedBlock& block = *p_.block;
+        const bool wide = block.runs[run_].depth >= kWideDepth;
+        int left = -at_;
+        for (size_t r = run_; r < block.runs.size(); ++r) {
+            if ((block.runs[r].depth >= kWideDepth) != wide) break;
+            left += block.runs[r].count;
+        }
+        const int batches = (left + kBatch - 1) / kBatch;
+        return (left + batches - 1) / batches;
+    }
+
+    void decode_group(Batch& batch, int i, int g, int depth) const {
+        const CodedBlock& block = *p_.block;
+        const size_t group = static_cast<size_t>(g), tile = static_cast<size_t>(supertile_);
+        batch.group[i] = g;
+        row_steps(block.codes[group], tile, _mm512_load_ps(p_.levels->steps), batch.step[i]);
+        factors_of(p_, g, depth, batch.factors[i]);
+        with_depth(depth, [&]<int N>() {
+            const Table<N> hi(p_.levels->hi[N], 0), lo(p_.levels->lo[N], 0);
+            const uint8_t* planes[N];
+            for (int ply = 0; ply < N; ++ply)
+                planes[ply] =
+                    block.planes[group * kMaxDepth + static_cast<size_t>(ply)] + tile * 256;
+            decode<N>(planes, hi, lo, batch.high[i], batch.low[i]);
+        });
+    }
+
+    const CodedProduct& p_;
+    int supertile_;
+    size_t run_ = 0;
+    int at_ = 0;  // in the run
+};
+
+// Products of the tokens of a tile with the groups of a batch.
+struct Room {
+    alignas(64) int32_t top[kBatch][2][kTileRows][16], middle[kBatch][2][kTileRows][16];
+};
+
+// A whole number below 2^22 as the float kMagic + n, without a conversion.
+constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23
+PLIANT_INLINE __m512 shifted(const int32_t* from) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_load_si512(from), _mm512_castps_si512(_mm512_set1_ps(kMagic))));
+}
+
+// While tiles are at work, the processor adds and multiplies floats at half of its speed, so there
+// are as few of these operations as can be. The results are those of conversion and product: the
+// sum less kMagic is exact, and so is kMagic · step (LevelTables::build).
+struct Steps {
+    __m512 step, shift;
+    explicit Steps(__m512 s) : step(s), shift(_mm512_mul_ps(s, _mm512_set1_ps(-kMagic))) {}
+    Steps() = default;
+    template <bool Wide>
+    PLIANT_INLINE __m512 operator()(const int32_t* top, const int32_t* middle) const {
+        if constexpr (!Wide) return _mm512_fmadd_ps(shifted(top), step, shift);
+        constexpr float kBoth = kMagic + kMagic / 256.0f;
+        const __m512 high = _mm512_sub_ps(shifted(top), _mm512_set1_ps(kBoth));
+        return _mm512_mul_ps(_mm512_fmadd_ps(shifted(middle), _mm512_set1_ps(1.0f / 256.0f), high),
+                             step);
+    }
+};
+
+// The products of a tile of tokens, from `first` on, with the groups of a batch.
+template <bool Wide, int Count>
+PLIANT_INLINE void make_products(const Prepared& x, int first, const Batch& batch, Room& room) {
+    repeat<Count>([&]<int i>() PLIANT_LAMBDA {
+        constexpr int kPair = Wide ? 4 : i % 2 * 2 + 4;
+        const size_t at = x.at(batch.group[i], first) * kGroup;
+        load<2>(x.hi + at, kGroup);
+        load<0>(batch.high[i], 128);
+        load<1>(batch.high[i] + 64, 128);
+        clear<kPair>();
+        clear<kPair + 1>();
+        add_product<kPair, 2, 0>();
+        add_product<kPair + 1, 2, 1>();
+        if constexpr (Wide) {
+            load<3>(x.lo + at, kGroup);
+            clear<6>();
+            clear<7>();
+            add_product<6, 3, 0>();
+            add_product<7, 3, 1>();
+            load<0>(batch.low[i], 128);
+            load<1>(batch.low[i] + 64, 128);
+            add_product<6, 2, 0>();
+            add_product<7, 2, 1>();
+        }
+        store<kPair>(room.top[i][0]);
+        store<kPair + 1>(room.top[i][1]);
+        if constexpr (Wide) {
+            store<6>(room.middle[i][0]);
+            store<7>(room.middle[i][1]);
+        }
+    });
+}
+
+// The products of a batch with all tokens are added to sums[token][32].
+template <bool Wide, int Count>
+void multiply(const CodedProduct& p, const Tiling& tiling, const Batch& batch, float* sums) {
+    Steps steps0[Count], steps1[Count];
+    repeat<Count>([&]<int i>() PLIANT_LAMBDA {
+        steps0[i] = Steps(batch.step[i][0]);
+        steps1[i] = Steps(batch.step[i][1]);
+    });
+    const float* scale = p.block->row_scale + batch.supertile * kSupertile;
+    const __m512 scale0 = _mm512_loadu_ps(scale), scale1 = _mm512_loadu_ps(scale + 16);
+    float* out = p.out + (batch.supertile - p.first) * kSupertile;
+    const bool begin = batch.first, end = batch.last;
+    Room room;
+    for (int tile = 0; tile < tiling.count; ++tile) {
+        const int first = tiling.first(tile);
+        make_products<Wide, Count>(*p.x, first, batch, room);
+        for (int t = tile * kTileRows, row = t - first; row < tiling.rows; ++t, ++row) {
+            float* sum = sums + t * kSupertile;
+            __m512 a = _mm512_setzero_ps(), b = _mm512_setzero_ps();
+            if (!begin) {
+                a = _mm512_load_ps(sum);
+                b = _mm512_load_ps(sum + 16);
+            }
+            repeat<Count>([&]<int i>() PLIANT_LAMBDA {
+                const __m512 factor = _mm512_set1_ps(batch.factors[i][t]);
+                a = _mm512_fmadd_ps(steps0[i].template operator()<Wide>(room.top[i][0][row],
+                                                                        room.middle[i][0][row]),
+                                    factor, a);
+                b = _mm512_fmadd_ps(steps1[i].template operator()<Wide>(room.top[i][1][row],
+                                                                        room.middle[i][1][row]),
+                                    factor, b);
+            });
+            if (end) {
+                float* to = out + static_cast<size_t>(t) * p.stride;
+                _mm512_storeu_ps(to, _mm512_mul_ps(a, scale0));
+                _mm512_storeu_ps(to + 16, _mm512_mul_ps(b, scale1));
+            } else {
+                _mm512_store_ps(sum, a);
+                _mm512_store_ps(sum + 16, b);
+            }
         }
     }
 }
 
-// Adds the products of all tokens with a decoded group.
-template <int N>
-PLIANT_INLINE void all_tokens(const CodedProduct& p, const Tiling& tiling, int g, const uint8_t* wh,
-                              const uint8_t* wl, const float* factors, const __m512* step,
-                              float* sums, Room& room) {
-    constexpr bool kWide = N >= kWideDepth;
-    load<0>(wh, 128);
-    load<1>(wh + 64, 128);
-    if constexpr (kWide) {
-        load<2>(wl, 128);
-        load<3>(wl + 64, 128);
-    }
-    for (int tile = 0; tile < tiling.count; ++tile) {
-        const int first = tiling.first(tile), begin = tile * kTileRows;
-        const size_t at = p.x->at(g, first) * kGroup;
-        load<4>(p.x->hi + at, kGroup);
-        clear<6>();
-        clear<7>();
-        add_product<6, 4, 0>();
-        add_product<7, 4, 1>();
-        store<6>(room.top[0]);
-        store<7>(room.top[1]);
-        if constexpr (kWide) {
-            load<5>(p.x->lo + at, kGroup);
-            clear<6>();
-            clear<7>();
-            add_product<6, 5, 0>();
-            add_product<7, 5, 1>();
-            add_product<6, 4, 2>();
-            add_product<7, 4, 3>();
-            store<6>(room.middle[0]);
-            store<7>(room.middle[1]);
-        }
-        finish<kWide>(room, begin - first, begin, first + tiling.rows, factors, step, sums);
+template <bool Wide>
+void multiply(const CodedProduct& p, const Tiling& tiling, const Batch& batch, float* sums) {
+    switch (batch.count) {
+        case 1:
+            return multiply<Wide, 1>(p, tiling, batch, sums);
+        case 2:
+            return multiply<Wide, 2>(p, tiling, batch, sums);
+        default:
+            return multiply<Wide, 3>(p, tiling, batch, sums);
     }
 }
 
 }  // namespace
 
 void coded_product(const CodedProduct& p) {
-    if (p.tokens < kFewTokens) return avx512::coded_product(p);
+    if (p.tokens < kFewTokens || p.block->runs.empty()) return avx512::coded_product(p);
     const Tiling tiling(p.tokens);
     configure(Config(tiling.rows));
-    Room room;
-    many_tokens(p, 0,
-                [&]<int N>(int g, const uint8_t* wh, const uint8_t* wl, const float* factors,
-                           const __m512* step, float* sums) {
-                    all_tokens<N>(p, tiling, g, wh, wl, factors, step, sums, room);
-                });
+    float* sums = reinterpret_cast<float*>(p.scratch + 2 * kSupertile * kGroup);
+    Batch batch;
+    for (Walk walk(p); walk.next(batch);)
+        batch.wide ? multiply<true>(p, tiling, batch, sums)
+                   : multiply<false>(p, tiling, batch, sums);
     release();
 }
 

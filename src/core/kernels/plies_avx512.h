@@ -163,6 +163,19 @@ PLIANT_INLINE float factor_of(const CodedProduct& p, int token, int g, int depth
     return (p.x->scale[p.x->at(g, token)] * p.block->group_scale[g]) * p.levels->scale[depth];
 }
 
+// The factors of all tokens, padded to 16; out[kMaxTokens].
+inline void factors_of(const CodedProduct& p, int g, int depth, float* out) {
+    const float* scale = p.x->scale + p.x->at(g, 0);
+    const __m512 group = _mm512_set1_ps(p.block->group_scale[g]);
+    const __m512 level = _mm512_set1_ps(p.levels->scale[depth]);
+    for (int t = 0; t < p.tokens; t += 16) {
+        const int rest = std::min(p.tokens - t, 16);
+        const __mmask16 some = static_cast<__mmask16>((1u << rest) - 1);
+        const __m512 x = _mm512_maskz_loadu_ps(some, scale + t);
+        _mm512_store_ps(out + t, _mm512_mul_ps(_mm512_mul_ps(x, group), level));
+    }
+}
+
 // A group of a supertile for many tokens: `wh` (and `wl`) become [16 quads of columns][2 tiles][16
 // rows][4 columns], bytes.
 template <int N>
@@ -237,7 +250,7 @@ PLIANT_INLINE void many_tokens(const CodedProduct& p, int flip, F&& multiply) {
                 const Table<N> hi(p.levels->hi[N], flip), lo(p.levels->lo[N], flip);
                 for (int g = run.first; g < run.first + run.count; ++g) {
                     alignas(64) float factors[kMaxTokens];
-                    for (int t = 0; t < p.tokens; ++t) factors[t] = factor_of(p, t, g, N);
+                    factors_of(p, g, N, factors);
                     const uint8_t* planes[N];
                     for (int i = 0; i < N; ++i)
                         planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] +

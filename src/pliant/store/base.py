@@ -18,6 +18,7 @@ __all__ = ["BaseTensor", "base_tensors", "check_infos", "check_kv_ladder", "chec
 
 TREE_VALUES = 2**9 - 2  # levels of depths 1 to 8
 TREE_THRESHOLDS = 255
+MOST_STEP = 2.0**64  # kernels multiply steps by 2^23
 LEAST_TURN, MOST_TURN = 1e-12, 1e12  # scales of channels of keys and values
 SCALE_STEPS = 16
 _CHUNK = 2**18  # values of an order that are looked at together
@@ -140,6 +141,10 @@ def check_values(array: Array, check: str, where: str) -> None:
             raise FormatError(f"{where}: a scale of {array.min():g} is negative")
         if check == "steps" and not array.min() > 0:
             raise FormatError(f"{where}: a step of {array.min():g}, and all must be above 0")
+        if check == "steps" and array.max() > MOST_STEP:
+            raise FormatError(
+                f"{where}: a step of {array.max():g}, and none may be above {MOST_STEP:g}"
+            )
         if check == "turns" and not (array.min() >= LEAST_TURN and array.max() <= MOST_TURN):
             raise FormatError(
                 f"{where}: scales from {array.min():g} to {array.max():g}, and they must be from "
