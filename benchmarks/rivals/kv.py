@@ -35,7 +35,7 @@ PAGE = 32
 BATCH = 256  # tokens of a step of llama.cpp, with at most so many rows of logits
 ROWS = 8  # looked at together: small enough to stay in the cache
 WINDOWS = {512: 4, 8192: 2}  # tokens, and how many windows of them
-SAMPLES = {1024: 6, 4096: 4, 8192: 2}  # tokens, and how many contexts of each kind
+SAMPLES = {1024: 6, 4096: 3, 8192: 2}  # tokens, and how many contexts of each kind
 BITS = (3.25, 4.25, 5.25)
 MORE = 3  # exit status: there are jobs left
 

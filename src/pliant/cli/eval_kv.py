@@ -23,21 +23,19 @@ _HALF = 0.5
 
 def add_kv_options(parser: argparse.ArgumentParser) -> None:
     """--kv and what belongs to it."""
-    group = parser.add_argument_group(
-        "KV cache", "Measure instead what a coded cache costs, against an exact one."
-    )
+    group = parser.add_argument_group("cache")
     group.add_argument(
         "--kv",
         metavar="BITS",
         type=float,
         nargs="+",
-        help="caches of at most so many bits a value, at the first of --weights (default: all "
-        "rungs); KL divergence over the windows",
+        help="measure instead what a KV cache of at most so many bits a value costs, against an "
+        "exact one, at the first of --weights (default: all rungs)",
     )
     group.add_argument(
         "--tasks",
         metavar="NAME[,NAME]",
-        help="also how often single facts out of a long context are right, and their "
+        help="with --kv: also how often single facts out of a long context are right, and their "
         f"log-likelihood: all, or some of {', '.join(_TASKS)}",
     )
     group.add_argument(
@@ -189,9 +187,9 @@ def _show_tasks(answer: dict[str, Any]) -> None:
                 ]
             )
     print(
-        "\nSingle facts out of long contexts: answers that are right, their log-likelihood in\n"
-        "nats, and its change by coding, with the standard error over contexts. KV bits none:\n"
-        "the question without its context.\n"
+        "\nSingle facts out of long contexts: answers that are right, their log-likelihood\n"
+        "in nats, and its change by coding, with the standard error over contexts.\n"
+        "KV bits none: the question without its context.\n"
     )
     head = ("task", "tokens", "answers", "KV bits", "right", "nats", "as run", "all coded")
     print(table(head, rows, left=1))

@@ -188,9 +188,16 @@ def kv_quality(
                     for at in range(0, len(rows), page):
                         start, block = begin + at, rows[at : at + page]
                         following = ids[start + 1 : start + len(block) + 1]
-                        quarter = min(start * _QUARTERS // len(ids), _QUARTERS - 1)
-                        for total in (sums[level, way], parts[level, way][quarter]):
-                            total.add(block, following, theirs[start])
+                        sums[level, way].add(block, following, theirs[start])
+                        for quarter, part in enumerate(parts[level, way]):
+                            low, high = (
+                                min(max(len(ids) * q // _QUARTERS - start, 0), len(block))
+                                for q in (quarter, quarter + 1)
+                            )
+                            if low < high:
+                                part.add(
+                                    block[low:high], following[low:high], theirs[start][low:high]
+                                )
             progress((number + (index + 1) / len(ways)) / len(windows))
     coded = []
     for level in caches.levels:

@@ -197,7 +197,7 @@ class _Writer:
         context, at = list(self._begin), [0] * len(facts)
         done = 0
         for index in sorted(range(len(facts)), key=places.__getitem__):
-            cut = max(done, self._line_end(text, int(places[index] * room)))
+            cut = min(room, max(done, self._line_end(text, int(places[index] * room))))
             context += self._text[text + done : text + cut]
             done = cut
             piece, before = pieces[index]
