@@ -7,9 +7,10 @@
 
 `ids` writes windows of text and what `pliant.engine.recall` asks to WORK/MODEL/kv_ids.json. `ours`
 and `theirs` measure each program's coded caches against its own exact one, with the same weights:
-KL divergence over the windows, and whether answers are right. Each job is written to OUT when it is
-done and not done again; with --seconds N no job begins after so many, and status 3 says that there
-are more. The two sides meet through files, so `theirs` needs numpy and llama-cpp-python only.
+KL divergence over the windows, and whether answers are right. Each job is written to WORK when it
+is done and not done again; with --seconds N no job begins after so many, and status 3 says that
+there are more. `table` puts both together. They meet through files, so `theirs` needs numpy and
+llama-cpp-python only.
 
 llama.cpp codes each token at once, in all layers; pliant keeps the newest page of 32 tokens exact,
 so its figures are given twice: as it runs, and with every token coded.
@@ -334,115 +335,128 @@ def answered(cache: _Llama, rest: list[int], branch: list[Job]) -> list[dict[str
 # --- all of it
 
 
-def run(options: argparse.Namespace, side: str) -> int:
+def run(options: argparse.Namespace) -> int:
     """Do the jobs that are left; returns the exit status."""
-    result: dict[str, Any] = {"model": options.model, "machine": machine()}
-    if options.out.exists():
-        result = json.loads(options.out.read_text(encoding="utf-8"))
-    done = result.setdefault(side, {}).setdefault("jobs", {})
-    todo = [job for job in jobs(options.work / options.model / "kv_ids.json") if job[0] not in done]
+    folder = options.work / options.model
+    out = folder / f"kv_{options.part}.json"
+    result: dict[str, Any] = {"jobs": {}}
+    if out.exists():
+        result = json.loads(out.read_text(encoding="utf-8"))
+    todo = [job for job in jobs(folder / "kv_ids.json") if job[0] not in result["jobs"]]
     if not todo:
         return 0
     begin = time.monotonic()
-    about, measure = (ours if side == "pliant" else theirs)(options)
-    result[side] |= about
+    about, measure = (ours if options.part == "ours" else theirs)(options)
+    result |= about | {"machine": machine()}
     for name, job in todo:
         if options.seconds is not None and time.monotonic() - begin > options.seconds:
             return MORE
-        done[name] = measure(job)
-        write_json(options.out, result)
+        result["jobs"][name] = measure(job)
+        write_json(out, result)
         print(f"{time.monotonic() - begin:.0f} s: {name}", file=sys.stderr, flush=True)
     return 0
 
 
-def kl_of(jobs_done: dict[str, Any], length: int, cache: str) -> dict[str, Any]:
+def collect(options: argparse.Namespace) -> dict[str, Any]:
+    """What both programs measured, put together: KL by length of the windows, and tasks."""
+    result: dict[str, Any] = {"model": options.model}
+    for side, part in (("llama.cpp", "theirs"), ("pliant", "ours")):
+        path = options.work / options.model / f"kv_{part}.json"
+        if not path.exists():
+            raise SystemExit(f"{path} is not there: run kv.py {part} first")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        done = found.pop("jobs")
+        lengths = sorted({int(name.split()[1]) for name in done if name.startswith("kl")})
+        names = [name for name in found["caches"] if name != "exact"]
+        kl = {str(n): {name: kl_of(done, n, name) for name in names} for n in lengths}
+        result[side] = found | {"kl": kl, "tasks": tasks_of(done)}
+    return result
+
+
+def kl_of(done: dict[str, Any], length: int, cache: str) -> dict[str, Any]:
     """Means over the windows of a length, by their positions."""
-    found = [
-        job[cache] for name, job in jobs_done.items() if name.startswith(f"kl {length} ")
-    ]  # fmt: skip
+    found = [job[cache] for name, job in done.items() if name.startswith(f"kl {length} ")]
     weights = [one["positions"] for one in found]
-    values = {
-        figure: float(np.average([one[figure] for one in found], weights=weights))
-        for figure in ("kl", "top1")
-    }
+    values: dict[str, Any] = {"windows": len(found), "positions": sum(weights)}
+    for figure in ("kl", "top1"):
+        values[figure] = float(np.average([one[figure] for one in found], weights=weights))
     for figure in ("perplexity", "exact_perplexity"):
         logs = np.log([one[figure] for one in found])
         values[figure] = float(np.exp(np.average(logs, weights=weights)))
+    each = [one["kl"] for one in found]
+    values["kl_error"] = float(np.std(each, ddof=1) / len(each) ** 0.5) if len(each) > 1 else None
     quarters = np.average([one["by_position"] for one in found], axis=0, weights=weights)
-    spread = [one["kl"] for one in found]
-    error = float(np.std(spread, ddof=1) / len(spread) ** 0.5) if len(spread) > 1 else None
-    return values | {"by_position": quarters.tolist(), "kl_error": error}
+    return values | {"by_position": quarters.tolist()}
+
+
+def tasks_of(done: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tasks by length, and over all lengths, which is length 0."""
+    from pliant.engine.recall import Score, summarise
+
+    answers = [
+        one | {"caches": {name: Score(**score) for name, score in one["caches"].items()}}
+        for name, job in done.items()
+        if name.startswith("ask")
+        for one in job
+    ]
+    pooled = [one | {"length": 0, "sample": (one["length"], one["sample"])} for one in answers]
+    return summarise(answers + pooled)
 
 
 def tables(result: dict[str, Any]) -> str:
-    """KL at both lengths, and each task, as markdown: caches of both programs by their bits."""
-    from pliant.engine.recall import Score, summarise
-
-    sides = [side for side in ("llama.cpp", "pliant") if side in result]
+    """KL, right answers and log-likelihood as markdown; caches of both programs by their bits."""
     caches = [
         (figures["bits"], side, name, figures["bytes_per_token"])
-        for side in sides
+        for side in ("llama.cpp", "pliant")
         for name, figures in result[side]["caches"].items()
         if name != "exact"
     ]
-    caches.sort(key=lambda cache: (-cache[0], cache[1]))
-    head = ["cache", "bits", "bytes a token"]
-    lengths = list(WINDOWS)
+    caches.sort(key=lambda cache: (-cache[0], cache[1], cache[2]))
+    lengths = list(result["pliant"]["kl"])
     rows = []
     for bits, side, name, size in caches:
         row = [label(side, name), f"{bits:.2f}", f"{size:,}"]
         for length in lengths:
-            found = kl_of(result[side]["jobs"], length, name)
-            row += [f"{found['kl']:.4f}", f"{found['top1']:.1%}"]
-            row.append(f"{found['perplexity'] / found['exact_perplexity'] - 1:+.2%}")
-        found = kl_of(result[side]["jobs"], lengths[-1], name)
-        rows.append([*row, " ".join(f"{kl:.4f}" for kl in found["by_position"])])
+            one = result[side]["kl"][length][name]
+            row += [f"{one['kl']:.4f}", f"{one['top1']:.1%}"]
+            row.append(f"{one['perplexity'] / one['exact_perplexity'] - 1:+.2%}")
+        quarters = result[side]["kl"][lengths[-1]][name]["by_position"]
+        rows.append([*row, " ".join(f"{kl:.4f}" for kl in quarters)])
     titles = [f"{what}, {n}" for n in lengths for what in ("KL", "top-1", "perplexity")]
-    text = markdown([*head, *titles, "KL by quarter"], rows)
-    summaries = {}
-    for side in sides:
-        answers = [
-            one | {"caches": {name: Score(**score) for name, score in one["caches"].items()}}
-            for name, job in result[side]["jobs"].items()
-            if name.startswith("ask")
-            for one in job
-        ]
-        summaries[side] = {(one["task"], one["length"]): one for one in summarise(answers)}
-    for task, length in summaries[sides[0]]:
-        rows = []
-        for side in sides:
-            exact = summaries[side][task, length]
-            rows.append(
-                [f"{side}, no context", "", "", f"{exact['alone']:.2f}", ""],
-            )
-            rows.append(
-                [f"{side}, exact", "16", f"{exact['caches']['exact']['right']:.0%}",
-                 f"{exact['caches']['exact']['likelihood']:.2f}", ""]
-            )  # fmt: skip
-        for bits, side, name, _ in caches:
-            one = summaries[side][task, length]["caches"][name]
-            rows.append(
-                [label(side, name), f"{bits:.2f}", f"{one['right']:.0%}",
-                 f"{one['likelihood']:.2f}", changed(one)]
-            )  # fmt: skip
-        counted = summaries[sides[0]][task, length]
-        text += (
-            f"\n\n{task}, {length} tokens, {counted['answers']} answers in "
-            f"{counted['contexts']} contexts\n\n"
-        )
-        text += markdown(["cache", "bits", "right", "log-likelihood", "change"], rows)
-    return text
+    text = markdown(["cache", "bits", "bytes a token", *titles, "KL by quarter"], rows)
+
+    heads = [f"{label(side, name)} {bits:.2f}" for bits, side, name, _ in caches]
+    right, change = [], []
+    by_side = {
+        side: {(one["task"], one["length"]): one for one in result[side]["tasks"]}
+        for side in ("llama.cpp", "pliant")
+    }
+    for key in by_side["pliant"]:
+        if key not in by_side["llama.cpp"]:
+            continue
+        both = {side: tasks[key] for side, tasks in by_side.items()}
+        exact = {side: one["caches"]["exact"] for side, one in both.items()}
+        found = [both[side]["caches"][name] for _, side, name, _ in caches]
+        row = [key[0], str(key[1] or "all"), str(both["pliant"]["answers"])]
+        shares = [f"{exact[side]['right']:.0%}" for side in by_side]
+        right.append([*row, *shares, *(f"{one['right']:.0%}" for one in found)])
+        nats = [f"{both['pliant']['alone']:.1f}", f"{exact['pliant']['likelihood']:.2f}"]
+        change.append([*row, *nats, *(changed(one) for one in found)])
+    heads = ["task", "tokens", "answers", "llama.cpp exact", "pliant exact", *heads]
+    text += "\n\nRight answers\n\n" + markdown(heads, right)
+    heads[3:5] = ["no context", "exact"]
+    return text + "\n\nLog-likelihood in nats, and its change\n\n" + markdown(heads, change)
 
 
 def changed(one: dict[str, float | None]) -> str:
     """A change of log-likelihood with its error."""
     change, error = one["likelihood_change"], one["likelihood_change_error"]
-    return f"{change:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return f"{change:+.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def label(side: str, name: str) -> str:
     """A cache for readers."""
-    return f"{side}, {name}" if side != "pliant" else f"pliant, {name.split()[1]}".replace("_", " ")
+    return name if side != "pliant" else f"pliant {name.split()[1]}".replace("_", " ")
 
 
 def main() -> int:
@@ -457,9 +471,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, help="begin no job after so many")
     options = parser.parse_args()
-    options.out = options.out or RESULTS / f"kv_{options.model}.json"
     if options.part == "table":
-        print(tables(json.loads(options.out.read_text(encoding="utf-8"))))
+        result = collect(options)
+        write_json(options.out or RESULTS / f"kv_{options.model}.json", result)
+        print(tables(result))
         return 0
     if options.pack is None:
         parser.error(f"{options.part} needs a pack, or a GGUF file")
@@ -468,7 +483,7 @@ def main() -> int:
             parser.error("ids needs --text")
         write_ids(options)
         return 0
-    return run(options, "pliant" if options.part == "ours" else "llama.cpp")
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def kv_quality(
     """
     ways = [(level, way) for level in caches.levels for way in WAYS]
     sums = {key: Divergence() for key in ways}
-    parts = {key: [Divergence() for _ in range(_QUARTERS)] for key in ways}
+    parts = {key: np.zeros((_QUARTERS, 2)) for key in ways}  # KL and positions
     original = Divergence()
     page = caches.sizes.kv_page_tokens
     for number, ids in enumerate(windows):
@@ -188,22 +188,17 @@ def kv_quality(
                     for at in range(0, len(rows), page):
                         start, block = begin + at, rows[at : at + page]
                         following = ids[start + 1 : start + len(block) + 1]
-                        sums[level, way].add(block, following, theirs[start])
-                        for quarter, part in enumerate(parts[level, way]):
-                            low, high = (
-                                min(max(len(ids) * q // _QUARTERS - start, 0), len(block))
-                                for q in (quarter, quarter + 1)
-                            )
-                            if low < high:
-                                part.add(
-                                    block[low:high], following[low:high], theirs[start][low:high]
-                                )
+                        kl = sums[level, way].add(block, following, theirs[start])
+                        quarter = (start + np.arange(len(kl))) * _QUARTERS // len(ids)
+                        np.add.at(parts[level, way], quarter, np.stack([kl, np.ones_like(kl)], 1))
             progress((number + (index + 1) / len(ways)) / len(windows))
     coded = []
     for level in caches.levels:
         found = caches.figures(level)
         for way in WAYS:
-            quarters = [part.values()["kl"] for part in parts[level, way]]
+            quarters = [
+                float(total / count) if count else None for total, count in parts[level, way]
+            ]
             found[way] = {**sums[level, way].values(), "by_position": quarters}
         coded.append(found)
     return {"exact": original.values(), "coded": coded}

@@ -330,7 +330,7 @@ def summarise(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     continue
                 exact = [float(getattr(one["caches"]["exact"], figure)) for one in group]
                 change = [a - b for a, b in zip(values, exact, strict=True)]
-                by_context: dict[int, list[float]] = {}
+                by_context: dict[Any, list[float]] = {}
                 for one, value in zip(group, change, strict=True):
                     by_context.setdefault(one["sample"], []).append(value)
                 means = [float(np.mean(values)) for values in by_context.values()]
