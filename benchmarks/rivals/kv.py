@@ -36,8 +36,11 @@ PAGE = 32
 BATCH = 256  # tokens of a step of llama.cpp, with at most so many rows of logits
 ROWS = 8  # looked at together: small enough to stay in the cache
 WINDOWS = {512: 4, 8192: 2}  # tokens, and how many windows of them
-SAMPLES = {1024: 6, 4096: 3, 8192: 2}  # tokens, and how many contexts of each kind
+SAMPLES = {1024: 4, 4096: 2, 8192: 2}  # tokens, and how many contexts of each kind
 BITS = (3.25, 4.25, 5.25)
+LONG = 1024  # longer texts are read with the caches around 4 bits only
+LONG_BITS, LONG_TYPE = 4.25, "q4_0"
+SIDES = {"llama.cpp": "theirs", "pliant": "ours"}
 MORE = 3  # exit status: there are jobs left
 
 Job = dict[str, Any]
@@ -104,9 +107,14 @@ def ours(options: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Job], A
 
     begin = json.loads((options.work / options.model / "kv_ids.json").read_text())["begin"]
     caches = Caches(options.pack, BITS, threads=options.threads)
-    figures = {f"{level} {way}": caches.figures(level) for level in caches.levels for way in WAYS}
+    levels = caches.levels
+    figures = {f"{level} {way}": caches.figures(level) for level in levels for way in WAYS}
 
     def measure(job: Job) -> Any:
+        caches.levels = levels
+        if job["length"] > LONG:
+            few = [level for level in levels if caches.figures(level)["bits"] <= LONG_BITS]
+            caches.levels = few[:1]
         if "ids" in job:
             found = kv_quality(caches, [job["ids"]])
             return {
@@ -153,9 +161,9 @@ def theirs(options: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Job],
     begin = json.loads((options.work / options.model / "kv_ids.json").read_text())["begin"]
 
     def measure(job: Job) -> Any:
-        if "ids" in job:
-            return compare(caches, job)
-        return ask(caches, job, begin)
+        names = ("exact", LONG_TYPE) if job["length"] > LONG else tuple(caches)
+        some = {name: caches[name] for name in names}
+        return compare(some, job) if "ids" in job else ask(some, job, begin)
 
     values = kv_values(model)
     figures = {
@@ -360,33 +368,40 @@ def run(options: argparse.Namespace) -> int:
 def collect(options: argparse.Namespace) -> dict[str, Any]:
     """What both programs measured, put together: KL by length of the windows, and tasks."""
     result: dict[str, Any] = {"model": options.model}
-    for side, part in (("llama.cpp", "theirs"), ("pliant", "ours")):
+    found = {}
+    for side, part in SIDES.items():
         path = options.work / options.model / f"kv_{part}.json"
         if not path.exists():
             raise SystemExit(f"{path} is not there: run kv.py {part} first")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        done = found.pop("jobs")
+        found[side] = json.loads(path.read_text(encoding="utf-8"))
+    both = set.intersection(*(set(one["jobs"]) for one in found.values()))
+    for side, one in found.items():
+        done = {name: job for name, job in one.pop("jobs").items() if name in both}
         lengths = sorted({int(name.split()[1]) for name in done if name.startswith("kl")})
-        names = [name for name in found["caches"] if name != "exact"]
-        kl = {str(n): {name: kl_of(done, n, name) for name in names} for n in lengths}
-        result[side] = found | {"kl": kl, "tasks": tasks_of(done)}
+        kl = {str(n): kl_of(done, n) for n in lengths}
+        result[side] = one | {"kl": kl, "tasks": tasks_of(done)}
     return result
 
 
-def kl_of(done: dict[str, Any], length: int, cache: str) -> dict[str, Any]:
-    """Means over the windows of a length, by their positions."""
-    found = [job[cache] for name, job in done.items() if name.startswith(f"kl {length} ")]
-    weights = [one["positions"] for one in found]
-    values: dict[str, Any] = {"windows": len(found), "positions": sum(weights)}
-    for figure in ("kl", "top1"):
-        values[figure] = float(np.average([one[figure] for one in found], weights=weights))
-    for figure in ("perplexity", "exact_perplexity"):
-        logs = np.log([one[figure] for one in found])
-        values[figure] = float(np.exp(np.average(logs, weights=weights)))
-    each = [one["kl"] for one in found]
-    values["kl_error"] = float(np.std(each, ddof=1) / len(each) ** 0.5) if len(each) > 1 else None
-    quarters = np.average([one["by_position"] for one in found], axis=0, weights=weights)
-    return values | {"by_position": quarters.tolist()}
+def kl_of(done: dict[str, Any], length: int) -> dict[str, Any]:
+    """For each cache means over the windows of a length, by their positions."""
+    windows = [job for name, job in done.items() if name.startswith(f"kl {length} ")]
+    result = {}
+    for cache in windows[0]:
+        found = [window[cache] for window in windows]
+        weights = [one["positions"] for one in found]
+        values: dict[str, Any] = {"windows": len(found), "positions": sum(weights)}
+        for figure in ("kl", "top1"):
+            values[figure] = float(np.average([one[figure] for one in found], weights=weights))
+        for figure in ("perplexity", "exact_perplexity"):
+            logs = np.log([one[figure] for one in found])
+            values[figure] = float(np.exp(np.average(logs, weights=weights)))
+        each = [one["kl"] for one in found]
+        error = np.std(each, ddof=1) / len(each) ** 0.5 if len(each) > 1 else None
+        quarters = np.average([one["by_position"] for one in found], axis=0, weights=weights)
+        values |= {"kl_error": error, "by_position": quarters.tolist()}
+        result[cache] = values
+    return result
 
 
 def tasks_of(done: dict[str, Any]) -> list[dict[str, Any]]:
@@ -399,7 +414,16 @@ def tasks_of(done: dict[str, Any]) -> list[dict[str, Any]]:
         if name.startswith("ask")
         for one in job
     ]
-    pooled = [one | {"length": 0, "sample": (one["length"], one["sample"])} for one in answers]
+    everywhere = set.intersection(*(set(one["caches"]) for one in answers))
+    pooled = [
+        one
+        | {
+            "length": 0,
+            "sample": (one["length"], one["sample"]),
+            "caches": {name: one["caches"][name] for name in everywhere},
+        }
+        for one in answers
+    ]
     return summarise(answers + pooled)
 
 
@@ -407,7 +431,7 @@ def tables(result: dict[str, Any]) -> str:
     """KL, right answers and log-likelihood as markdown; caches of both programs by their bits."""
     caches = [
         (figures["bits"], side, name, figures["bytes_per_token"])
-        for side in ("llama.cpp", "pliant")
+        for side in SIDES
         for name, figures in result[side]["caches"].items()
         if name != "exact"
     ]
@@ -417,31 +441,31 @@ def tables(result: dict[str, Any]) -> str:
     for bits, side, name, size in caches:
         row = [label(side, name), f"{bits:.2f}", f"{size:,}"]
         for length in lengths:
-            one = result[side]["kl"][length][name]
+            one = result[side]["kl"][length].get(name)
+            if one is None:
+                row += ["-"] * 3
+                continue
             row += [f"{one['kl']:.4f}", f"{one['top1']:.1%}"]
             row.append(f"{one['perplexity'] / one['exact_perplexity'] - 1:+.2%}")
-        quarters = result[side]["kl"][lengths[-1]][name]["by_position"]
-        rows.append([*row, " ".join(f"{kl:.4f}" for kl in quarters)])
+        last = result[side]["kl"][lengths[-1]].get(name, {"by_position": ()})
+        rows.append([*row, " ".join(f"{kl:.4f}" for kl in last["by_position"]) or "-"])
     titles = [f"{what}, {n}" for n in lengths for what in ("KL", "top-1", "perplexity")]
     text = markdown(["cache", "bits", "bytes a token", *titles, "KL by quarter"], rows)
 
     heads = [f"{label(side, name)} {bits:.2f}" for bits, side, name, _ in caches]
     right, change = [], []
     by_side = {
-        side: {(one["task"], one["length"]): one for one in result[side]["tasks"]}
-        for side in ("llama.cpp", "pliant")
+        side: {(one["task"], one["length"]): one for one in result[side]["tasks"]} for side in SIDES
     }
     for key in by_side["pliant"]:
-        if key not in by_side["llama.cpp"]:
-            continue
         both = {side: tasks[key] for side, tasks in by_side.items()}
         exact = {side: one["caches"]["exact"] for side, one in both.items()}
-        found = [both[side]["caches"][name] for _, side, name, _ in caches]
+        found = [both[side]["caches"].get(name) for _, side, name, _ in caches]
         row = [key[0], str(key[1] or "all"), str(both["pliant"]["answers"])]
         shares = [f"{exact[side]['right']:.0%}" for side in by_side]
-        right.append([*row, *shares, *(f"{one['right']:.0%}" for one in found)])
+        right.append([*row, *shares, *(f"{one['right']:.0%}" if one else "-" for one in found)])
         nats = [f"{both['pliant']['alone']:.1f}", f"{exact['pliant']['likelihood']:.2f}"]
-        change.append([*row, *nats, *(changed(one) for one in found)])
+        change.append([*row, *nats, *(changed(one) if one else "-" for one in found)])
     heads = ["task", "tokens", "answers", "llama.cpp exact", "pliant exact", *heads]
     text += "\n\nRight answers\n\n" + markdown(heads, right)
     heads[3:5] = ["no context", "exact"]
