@@ -35,11 +35,10 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAGE = 32
 BATCH = 256  # tokens of a step of llama.cpp, with at most so many rows of logits
 ROWS = 8  # looked at together: small enough to stay in the cache
-WINDOWS = {512: 4, 8192: 2}  # tokens, and how many windows of them
-SAMPLES = {1024: 4, 4096: 2, 8192: 2}  # tokens, and how many contexts of each kind
+WINDOWS = {512: 4, 8192: 1}  # tokens, and how many windows of them
+SAMPLES = {1024: 4, 4096: 2, 8192: 1}  # tokens, and how many contexts of each kind
 BITS = (3.25, 4.25, 5.25)
-LONG = 1024  # longer texts are read with the caches around 4 bits only
-LONG_BITS, LONG_TYPE = 4.25, "q4_0"
+LONG_BITS, LONG_TYPE = 4.25, "q4_0"  # the only caches that longer texts are read with
 SIDES = {"llama.cpp": "theirs", "pliant": "ours"}
 MORE = 3  # exit status: there are jobs left
 
@@ -112,7 +111,7 @@ def ours(options: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Job], A
 
     def measure(job: Job) -> Any:
         caches.levels = levels
-        if job["length"] > LONG:
+        if job["length"] >= options.long:
             few = [level for level in levels if caches.figures(level)["bits"] <= LONG_BITS]
             caches.levels = few[:1]
         if "ids" in job:
@@ -161,7 +160,7 @@ def theirs(options: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Job],
     begin = json.loads((options.work / options.model / "kv_ids.json").read_text())["begin"]
 
     def measure(job: Job) -> Any:
-        names = ("exact", LONG_TYPE) if job["length"] > LONG else tuple(caches)
+        names = ("exact", LONG_TYPE) if job["length"] >= options.long else tuple(caches)
         some = {name: caches[name] for name in names}
         return compare(some, job) if "ids" in job else ask(some, job, begin)
 
@@ -493,6 +492,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("bench-work"))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/kv_MODEL.json")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--long", type=int, default=4096, help="texts from so many tokens on with few caches only"
+    )
     parser.add_argument("--seconds", type=float, help="begin no job after so many")
     options = parser.parse_args()
     if options.part == "table":
