@@ -451,24 +451,37 @@ def tables(result: dict[str, Any]) -> str:
     titles = [f"{what}, {n}" for n in lengths for what in ("KL", "top-1", "perplexity")]
     text = markdown(["cache", "bits", "bytes a token", *titles, "KL by quarter"], rows)
 
-    heads = [f"{label(side, name)} {bits:.2f}" for bits, side, name, _ in caches]
-    right, change = [], []
-    by_side = {
-        side: {(one["task"], one["length"]): one for one in result[side]["tasks"]} for side in SIDES
-    }
-    for key in by_side["pliant"]:
-        both = {side: tasks[key] for side, tasks in by_side.items()}
-        exact = {side: one["caches"]["exact"] for side, one in both.items()}
-        found = [both[side]["caches"].get(name) for _, side, name, _ in caches]
-        row = [key[0], str(key[1] or "all"), str(both["pliant"]["answers"])]
-        shares = [f"{exact[side]['right']:.0%}" for side in by_side]
-        right.append([*row, *shares, *(f"{one['right']:.0%}" if one else "-" for one in found)])
-        nats = [f"{both['pliant']['alone']:.1f}", f"{exact['pliant']['likelihood']:.2f}"]
-        change.append([*row, *nats, *(changed(one) if one else "-" for one in found)])
-    heads = ["task", "tokens", "answers", "llama.cpp exact", "pliant exact", *heads]
-    text += "\n\nRight answers\n\n" + markdown(heads, right)
-    heads[3:5] = ["no context", "exact"]
-    return text + "\n\nLog-likelihood in nats, and its change\n\n" + markdown(heads, change)
+    tasks: dict[tuple[str, int], dict[str, Any]] = {}
+    for side in SIDES:
+        for one in result[side]["tasks"]:
+            tasks.setdefault((one["task"], one["length"]), {})[side] = one
+    everywhere = [
+        cache
+        for cache in caches
+        if all(cache[2] in one[cache[1]]["caches"] for one in tasks.values())
+    ]
+    rows, deep = [], []
+    for (task, length), sides in tasks.items():
+        exact = {side: one["caches"]["exact"] for side, one in sides.items()}
+        row = [task, str(length or "all"), str(sides["pliant"]["answers"])]
+        row += [" / ".join(f"{one['right']:.0%}" for one in exact.values())]
+        some = [sides[side]["caches"][name] for _, side, name, _ in everywhere]
+        row += [f"{one['right']:.0%}" for one in some]
+        row += [f"{sides['pliant']['alone']:.1f}"]
+        row += [" / ".join(f"{one['likelihood']:.2f}" for one in exact.values())]
+        rows.append([*row, *map(changed, some)])
+        if length and all(name in sides[side]["caches"] for _, side, name, _ in caches):
+            found = [sides[side]["caches"][name] for _, side, name, _ in caches]
+            deep.append([task, str(length), *map(changed, found)])
+    heads = [f"{label(side, name)}, {bits:.2f}" for bits, side, name, _ in everywhere]
+    text += (
+        "\n\nRight answers; log-likelihood in nats (exact: llama.cpp / pliant), and its change\n\n"
+    )
+    titles = ["task", "tokens", "answers", "right, exact", *heads, "nats, no context", "exact"]
+    text += markdown([*titles, *heads], rows)
+    heads = [f"{label(side, name)}, {bits:.2f}" for bits, side, name, _ in caches]
+    text += "\n\nChange of log-likelihood, all caches\n\n"
+    return text + markdown(["task", "tokens", *heads], deep)
 
 
 def changed(one: dict[str, float | None]) -> str:
