@@ -118,13 +118,14 @@ class _Reader:
     def answer(self, start: int, branch: Sequence[Asked], rest: Sequence[int]) -> list[Score]:
         """Scores of a branch, read after the first `start` tokens that are there already, whole
         pages, and the `rest` of the context."""
-        assert self._executor.truncate(self._sequence, start) == start
+        left = self._executor.truncate(self._sequence, start)
+        assert left == start  # whole pages can always be kept
         ids, spans = list(rest), []
         for one in branch:
             ids += one.question
             spans.append((len(ids) - 1, len(ids) - 1 + len(one.answer)))
             ids += one.answer
-        rows = {at: at for begin, end in spans for at in range(begin, end)}
+        rows = {at for begin, end in spans for at in range(begin, end)}
         pages = {at // self._page for at in rows}
         found: dict[int, Floats] = {}
         for at, block in self.feed(ids, lambda at: at // self._page in pages):
