@@ -173,7 +173,9 @@ def test_changes_are_paired_by_context() -> None:
     assert change["likelihood_change_error"] == pytest.approx(0.15)  # half of -0.5 against -0.2
     assert (change["right"], change["right_change"]) == (0.5, -0.5)
     assert change["right_change_error"] == 0.0
+    answers[0]["caches"]["8 as_run"] = Score(True, -1.0)  # which the others do not have
     (alone,) = summarise(answers[:2])
+    assert list(alone["caches"]) == ["exact", "4 as_run"]
     assert alone["caches"]["4 as_run"]["likelihood_change_error"] is None
 
 

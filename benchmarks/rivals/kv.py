@@ -374,11 +374,17 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit(f"{path} is not there: run kv.py {part} first")
         found[side] = json.loads(path.read_text(encoding="utf-8"))
     both = set.intersection(*(set(one["jobs"]) for one in found.values()))
+    kinds = {name.rpartition(" ")[0] for name in both}
     for side, one in found.items():
-        done = {name: job for name, job in one.pop("jobs").items() if name in both}
+        # What both have read; and what only one has, if the other has nothing of that kind.
+        done = {
+            name: job
+            for name, job in one.pop("jobs").items()
+            if name in both or name.rpartition(" ")[0] not in kinds
+        }
         lengths = sorted({int(name.split()[1]) for name in done if name.startswith("kl")})
         kl = {str(n): kl_of(done, n) for n in lengths}
-        result[side] = one | {"kl": kl, "tasks": tasks_of(done)}
+        result[side] = one | {"kl": kl, "tasks": tasks_of(done, both)}
     return result
 
 
@@ -403,26 +409,20 @@ def kl_of(done: dict[str, Any], length: int) -> dict[str, Any]:
     return result
 
 
-def tasks_of(done: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tasks by length, and over all lengths, which is length 0."""
+def tasks_of(done: dict[str, Any], both: set[str]) -> list[dict[str, Any]]:
+    """Tasks by length, and over all lengths, which is length 0, of what both programs have read."""
     from pliant.engine.recall import Score, summarise
 
-    answers = [
-        one | {"caches": {name: Score(**score) for name, score in one["caches"].items()}}
-        for name, job in done.items()
-        if name.startswith("ask")
-        for one in job
-    ]
-    everywhere = set.intersection(*(set(one["caches"]) for one in answers))
-    pooled = [
-        one
-        | {
-            "length": 0,
-            "sample": (one["length"], one["sample"]),
-            "caches": {name: one["caches"][name] for name in everywhere},
-        }
-        for one in answers
-    ]
+    answers, pooled = [], []
+    for name, job in done.items():
+        if not name.startswith("ask"):
+            continue
+        for one in job:
+            scores = {cache: Score(**score) for cache, score in one["caches"].items()}
+            answers.append(one | {"caches": scores})
+            if name in both:
+                context = (one["length"], one["sample"])
+                pooled.append(answers[-1] | {"length": 0, "sample": context})
     return summarise(answers + pooled)
 
 
@@ -440,13 +440,13 @@ def tables(result: dict[str, Any]) -> str:
     for bits, side, name, size in caches:
         row = [label(side, name), f"{bits:.2f}", f"{size:,}"]
         for length in lengths:
-            one = result[side]["kl"][length].get(name)
+            one = result[side]["kl"].get(length, {}).get(name)
             if one is None:
                 row += ["-"] * 3
                 continue
             row += [f"{one['kl']:.4f}", f"{one['top1']:.1%}"]
             row.append(f"{one['perplexity'] / one['exact_perplexity'] - 1:+.2%}")
-        last = result[side]["kl"][lengths[-1]].get(name, {"by_position": ()})
+        last = result[side]["kl"].get(lengths[-1], {}).get(name, {"by_position": ()})
         rows.append([*row, " ".join(f"{kl:.4f}" for kl in last["by_position"]) or "-"])
     titles = [f"{what}, {n}" for n in lengths for what in ("KL", "top-1", "perplexity")]
     text = markdown(["cache", "bits", "bytes a token", *titles, "KL by quarter"], rows)
@@ -455,25 +455,26 @@ def tables(result: dict[str, Any]) -> str:
     for side in SIDES:
         for one in result[side]["tasks"]:
             tasks.setdefault((one["task"], one["length"]), {})[side] = one
-    everywhere = [
-        cache
-        for cache in caches
-        if all(cache[2] in one[cache[1]]["caches"] for one in tasks.values())
-    ]
+    few = {LONG_TYPE} | {name for bits, side, name, _ in caches if near(bits, side)}
+    some = [cache for cache in caches if cache[2] in few]
     rows, deep = [], []
     for (task, length), sides in tasks.items():
-        exact = {side: one["caches"]["exact"] for side, one in sides.items()}
+        if not length and sides["pliant"]["answers"] in {
+            tasks[one]["pliant"]["answers"] for one in tasks if one[0] == task and one[1]
+        }:
+            continue  # of a single length: the same once more
+        exact = [sides[side]["caches"]["exact"] for side in SIDES if side in sides]
         row = [task, str(length or "all"), str(sides["pliant"]["answers"])]
-        row += [" / ".join(f"{one['right']:.0%}" for one in exact.values())]
-        some = [sides[side]["caches"][name] for _, side, name, _ in everywhere]
-        row += [f"{one['right']:.0%}" for one in some]
+        row += [" / ".join(f"{one['right']:.0%}" for one in exact)]
+        found = [sides.get(side, {"caches": {}})["caches"].get(name) for _, side, name, _ in caches]
+        kept_of = [one for one, cache in zip(found, caches, strict=True) if cache in some]
+        row += [f"{one['right']:.0%}" if one else "-" for one in kept_of]
         row += [f"{sides['pliant']['alone']:.1f}"]
-        row += [" / ".join(f"{one['likelihood']:.2f}" for one in exact.values())]
-        rows.append([*row, *map(changed, some)])
-        if length and all(name in sides[side]["caches"] for _, side, name, _ in caches):
-            found = [sides[side]["caches"][name] for _, side, name, _ in caches]
+        row += [" / ".join(f"{one['likelihood']:.2f}" for one in exact)]
+        rows.append([*row, *map(changed, kept_of)])
+        if length and all(found):
             deep.append([task, str(length), *map(changed, found)])
-    heads = [f"{label(side, name)}, {bits:.2f}" for bits, side, name, _ in everywhere]
+    heads = [f"{label(side, name)}, {bits:.2f}" for bits, side, name, _ in some]
     text += (
         "\n\nRight answers; log-likelihood in nats (exact: llama.cpp / pliant), and its change\n\n"
     )
@@ -484,8 +485,15 @@ def tables(result: dict[str, Any]) -> str:
     return text + markdown(["task", "tokens", *heads], deep)
 
 
-def changed(one: dict[str, float | None]) -> str:
+def near(bits: float, side: str) -> bool:
+    """Whether these are the bits of the cache that longer texts are read with."""
+    return side == "pliant" and LONG_BITS - 0.5 < bits <= LONG_BITS
+
+
+def changed(one: dict[str, float | None] | None) -> str:
     """A change of log-likelihood with its error."""
+    if one is None:
+        return "-"
     change, error = one["likelihood_change"], one["likelihood_change_error"]
     return f"{change:+.2f}" + ("" if error is None else f" ± {error:.2f}")
 

@@ -309,10 +309,11 @@ def summarise(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means by task and length, and what each cache changes, with errors paired by context.
 
     Each of `answers` has `task`, `length`, `sample`, `alone` (its log-likelihood without any
-    context) and `caches`: from the name of a cache to its `Score`; one of them is `exact`. A result
-    has the `answers` and `contexts` counted, `alone`, and `caches`: from names to `right` (a
-    share), `likelihood`, and, but for `exact`, `right_change` and `likelihood_change`, each with
-    `_error`: the standard error of the mean over contexts, None if there is only one.
+    context) and `caches`: from the name of a cache to its `Score`; one of them is `exact`, and
+    those that not all answers of a task and length have are left out. A result has the `answers`
+    and `contexts` counted, `alone`, and `caches`: from names to `right` (a share), `likelihood`,
+    and, but for `exact`, `right_change` and `likelihood_change`, each with `_error`: the standard
+    error of the mean over contexts, None if there is only one.
     """
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for one in answers:
@@ -322,6 +323,8 @@ def summarise(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (task, length), group in sorted(groups.items(), key=lambda g: (order[g[0][0]], g[0][1])):
         caches: dict[str, dict[str, float | None]] = {}
         for cache in group[0]["caches"]:
+            if any(cache not in one["caches"] for one in group):
+                continue
             found = caches[cache] = {}
             for figure in ("right", "likelihood"):
                 values = [float(getattr(one["caches"][cache], figure)) for one in group]
