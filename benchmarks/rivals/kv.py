@@ -457,8 +457,11 @@ def tables(result: dict[str, Any]) -> str:
             tasks.setdefault((one["task"], one["length"]), {})[side] = one
     few = {LONG_TYPE} | {name for bits, side, name, _ in caches if near(bits, side)}
     some = [cache for cache in caches if cache[2] in few]
+    place = {one["task"]: at for at, one in enumerate(result["pliant"]["tasks"])}
     rows, deep = [], []
-    for (task, length), sides in tasks.items():
+    for (task, length), sides in sorted(
+        tasks.items(), key=lambda one: (place[one[0][0]], one[0][1])
+    ):
         if not length and sides["pliant"]["answers"] in {
             tasks[one]["pliant"]["answers"] for one in tasks if one[0] == task and one[1]
         }:
@@ -480,6 +483,8 @@ def tables(result: dict[str, Any]) -> str:
     )
     titles = ["task", "tokens", "answers", "right, exact", *heads, "nats, no context", "exact"]
     text += markdown([*titles, *heads], rows)
+    if not deep:
+        return text
     heads = [f"{label(side, name)}, {bits:.2f}" for bits, side, name, _ in caches]
     text += "\n\nChange of log-likelihood, all caches\n\n"
     return text + markdown(["task", "tokens", *heads], deep)
