@@ -114,6 +114,14 @@ def test_no_command_shows_the_help(run: Run) -> None:
         ["eval", "PACK", "--text", __file__, "--revision", "x"],
         ["eval", "PACK", "--text", __file__, "--window", "1"],
         ["eval", "PACK", "--text", __file__, "--window", "5000"],
+        ["eval", "PACK", "--text", __file__, "--tasks", "all"],
+        ["eval", "PACK", "--text", __file__, "--kv", "4", "--samples", "3"],
+        ["eval", "PACK", "--text", __file__, "--kv", "4", "--tasks", "needles"],
+        ["eval", "PACK", "--text", __file__, "--kv", "4", "--tasks", "copy", "--seed", "-1"],
+        ["eval", "PACK", "--text", __file__, "--kv", "4", "--tasks", "all", "--lengths", "9999"],
+        ["eval", "PACK", "--text", __file__, "--kv", "4", "--tasks", "all", "--lengths", "500"],
+        ["eval", "PACK", "--text", __file__, "--kv", "4", "--memory", "1GB"],
+        ["eval", "PACK", "--text", __file__, "--kv", "1.5"],
         ["bench", "PACK", "--prompt-tokens", "5000"],
         ["pack", "PACK"],
         ["pack", "PACK", "-o", "x", "--plain", "f16"],
@@ -419,6 +427,36 @@ def test_eval_measures_at_many_sizes(run: Run, pack: Path, tmp_path: Path) -> No
     assert "all rungs of the pack" in out
     assert "measuring" in err
     assert all(len(line) <= 80 for line in out.splitlines()[2:])
+
+
+def test_eval_asks_for_single_facts(run: Run, tmp_path: Path) -> None:
+    pack = write_tiny_pack(tmp_path / "long.pack", least=4, head_dim=64, hidden=128, context=2048)
+    text, picture = tmp_path / "text.txt", tmp_path / "kv.png"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 60)
+    arguments = ["eval", pack, "--text", text, "--tokens", 100, "--window", 50, "--kv", 4.5]
+    arguments += ["--tasks", "needle,lookup", "--samples", 2, "--lengths", 2048]
+    code, out, err = run(*arguments, "--plot", picture)
+    assert code == 0
+    assert "asking" in err
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    lines = out.splitlines()
+    assert all(len(line) <= 80 for line in lines[2:])
+    assert sum(line.startswith(("needle", "lookup")) for line in lines) == 2
+    code, out, _ = run(*arguments, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["exact_perplexity"] > 1
+    one = found["kv"][0]
+    assert one["bits"] <= 4.5
+    needles, lookups = found["tasks"]
+    assert (needles["task"], needles["length"]) == ("needle", 2048)
+    assert (needles["answers"], needles["contexts"], lookups["answers"]) == (10, 2, 16)
+    for way in ("as_run", "all_coded"):
+        coded = needles["caches"][f"{one['rungs']} {way}"]
+        change = coded["likelihood"] - needles["caches"]["exact"]["likelihood"]
+        assert coded["likelihood_change"] == pytest.approx(change, abs=1e-9)
+        assert coded["likelihood_change_error"] > 0
+    assert len(found["answers"]) == 26
 
 
 def test_divergence_is_the_definition() -> None:

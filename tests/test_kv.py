@@ -20,7 +20,7 @@ import pliant
 from packs import write_random_pack
 from pliant import _core
 from pliant.engine.build import RungFiles, build_executor
-from pliant.engine.kv_quality import kv_quality
+from pliant.engine.kv_quality import Caches, kv_quality
 from pliant.errors import BudgetError, EngineError, FormatError, UsageError
 from pliant.memory.plan import PackSizes, Wish, kv_levels, make_plan
 from pliant.store import Pack
@@ -183,7 +183,8 @@ def page(executor: _core.Executor, sequence: int, number: int) -> bytes:
 
 def test_more_rungs_are_nearer_to_exact(tmp_path: Path) -> None:
     path = write_tiny_pack(tmp_path / "pack", least=6, head_dim=64, hidden=256, layers=6, seed=5)
-    found = kv_quality(path, [some_ids(160, 320)], [2.7, 3.7, 4.7, 5.7, 6.7], threads=2)
+    caches = Caches(path, [2.7, 3.7, 4.7, 5.7, 6.7], threads=2)
+    found = kv_quality(caches, [some_ids(160, 320)])["coded"]
     worst = [one["all_coded"]["kl"] for one in found]
     assert len(worst) == 5
     assert worst == sorted(worst)

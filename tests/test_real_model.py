@@ -195,9 +195,10 @@ def test_the_budget_moves_while_it_generates(windows: list[list[int]]) -> None:
 
 
 def test_coded_kv_costs_what_the_pack_says(windows: list[list[int]]) -> None:
-    from pliant.engine.kv_quality import kv_quality
+    from pliant.engine.kv_quality import Caches, kv_quality
 
-    found = kv_quality(PACK, windows[:2], [3.25, 4.25, 5.25], weights=105_000_000)
+    caches = Caches(PACK, [3.25, 4.25, 5.25], weights=105_000_000)
+    found = kv_quality(caches, windows[:2])["coded"]
     for one, most in zip(found, (0.012, 0.045, 0.2), strict=True):  # from the deepest on
         worst, usual = one["all_coded"]["kl"], one["as_run"]["kl"]
         assert usual < worst < most

@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pliant.sizes import parse_size
+
+if TYPE_CHECKING:
+    from pliant.engine.model import Model
 
 __all__ = [
     "add_engine_options",
@@ -21,12 +24,14 @@ __all__ = [
     "memory_option",
     "natural",
     "need_matplotlib",
+    "number",
     "print_json",
     "quality_text",
     "save_figure",
     "say",
     "size_option",
     "table",
+    "text_windows",
 ]
 
 
@@ -241,6 +246,11 @@ def quality_text(bits: float | None, kl: float | None) -> str:
     return ", ".join(parts) or "plain weights"
 
 
+def number(value: float | None, form: str) -> str:
+    """A figure of a table; one that is not known is a dash."""
+    return "-" if value is None else format(value, form)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
     """Columns of text under a heading, right-aligned but for the first `left` ones."""
     cells = [head, *rows]
@@ -253,3 +263,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0) 
         ]
         lines.append("  ".join(line).rstrip())
     return "\n".join(lines)
+
+
+def text_windows(model: Model, text: str, tokens: int | None, window: int) -> list[list[int]]:
+    """The text in windows; each begins as the model wants it."""
+    from pliant.errors import UsageError
+
+    if window > model.context:
+        raise UsageError(f"--window {window}: the model was made for {model.context} tokens")
+    begin = model.pack.manifest.tokens.begin
+    ids = list(model.tokenizer.encode(text, add_special=False, parse_special=False))[:tokens]
+    fresh = window - len(begin)
+    # A rest too short to say much is left out, unless there is nothing else.
+    starts = range(0, max(len(ids) - fresh // 2, 1), fresh)
+    windows = [[*begin, *ids[start : start + fresh]] for start in starts]
+    if len(windows[0]) < 2:
+        raise UsageError("the text has fewer than 2 tokens")
+    return windows

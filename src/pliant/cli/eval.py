@@ -15,11 +15,14 @@ from pliant.cli.common import (
     load_options,
     natural,
     need_matplotlib,
+    number,
     print_json,
     save_figure,
     say,
     table,
+    text_windows,
 )
+from pliant.cli.eval_kv import add_kv_options, check_kv_options, run_kv
 from pliant.errors import SourceError, UsageError
 from pliant.sizes import format_mb, format_size
 
@@ -66,17 +69,10 @@ def add_parser(commands: Any) -> None:
         help="tokens that are read together, from nothing (default: 512)",
     )
     parser.add_argument(
-        "--kv",
-        metavar="BITS",
-        type=float,
-        nargs="+",
-        help="measure instead what a KV cache of at most so many bits a value costs, against an "
-        "exact one, at the first of --weights (default: all rungs)",
-    )
-    parser.add_argument(
         "--plot", metavar="FILE.png", type=Path, help="draw KL over size (needs pliant[plot])"
     )
     add_json_option(parser)
+    add_kv_options(parser)
     add_engine_options(parser)
     parser.set_defaults(run=run)
 
@@ -88,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.revision is not None and options.source is None:
         raise UsageError("--revision belongs to --source")
+    check_kv_options(options)
     if options.window < 2:
         raise UsageError("--window must be at least 2 tokens")
     if options.plot is not None:
@@ -98,11 +95,11 @@ def run(options: argparse.Namespace) -> int:
     }
     text = _read(options.text)
     if options.kv is not None:
-        return _run_kv(options, text, limits)
+        return run_kv(options, text, limits)
     # The sizes are planned before torch comes in and grows the process.
     with load(options.pack, **limits) as model, progress_bar(quiet=options.json) as bar:
         sizes = _sizes(model, options.memory, options.weights)
-        windows = _windows(model, text, options.tokens, options.window)
+        windows = text_windows(model, text, options.tokens, options.window)
         reference = None
         if options.source is not None:
             reference = _source(
@@ -127,80 +124,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_kv(options: argparse.Namespace, text: str, limits: dict[str, Any]) -> int:
-    from pliant.cli.progress import progress_bar
-    from pliant.engine.kv_quality import kv_quality
-    from pliant.engine.loading import load
-
-    if options.source is not None or options.memory or len(options.weights) > 1:
-        raise UsageError("--kv goes with one --weights, and without --memory and --source")
-    weights = options.weights[0] if options.weights else None
-    with load(options.pack, weights=weights, **limits) as model:
-        windows = _windows(model, text, options.tokens, options.window)
-        depth = model.depth
-    with progress_bar(quiet=options.json) as bar:
-        found = kv_quality(
-            options.pack,
-            windows,
-            options.kv,
-            weights=weights,
-            progress=lambda done: bar("measuring", done),
-            **limits,
-        )
-    answer = {
-        "pack": options.pack,
-        "text": str(options.text),
-        "tokens": sum(map(len, windows)),
-        "window": options.window,
-        "weights": depth.weights,
-        "bits_per_weight": depth.bits_per_weight,
-        "kv": found,
-    }
-    if options.plot is not None:
-        _plot_kv(answer, options.plot)
-    if options.json:
-        print_json(answer)
-        return 0
-    rows = [
-        [
-            f"{one['bits']:.2f}",
-            str(one["bytes_per_token"]),
-            _number(one["expected_kl"], ".3g"),
-            _number(one["all_coded"]["kl"], ".3g"),
-            _number(one["as_run"]["kl"], ".3g"),
-            _number(one["as_run"]["top1"], ".1%"),
-            " ".join(_number(kl, ".2g") for kl in one["as_run"]["by_position"]),
-        ]
-        for one in found
-    ]
-    print(
-        f"{answer['tokens']} tokens of {answer['text']} in windows of {answer['window']}, "
-        f"weights {format_mb(depth.weights)}\nreference: the same weights, KV in 16 bits\n"
-    )
-    head = ("KV bits", "B/token", "expected", "all coded", "as run", "top-1", "by quarter")
-    print(table(head, rows))
-    return 0
-
-
-def _plot_kv(answer: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    bits = [one["bits"] for one in answer["kv"]]
-    for way, label in (("all_coded", "every token coded"), ("as_run", "newest page exact")):
-        axes.plot(bits, [one[way]["kl"] for one in answer["kv"]], "o-", label=label)
-    axes.plot(bits, [one["expected_kl"] for one in answer["kv"]], "x--", color="#999999",
-              label="expected")  # fmt: skip
-    axes.set_yscale("log")
-    axes.set_xlabel("bits per value of keys and values, scales included")
-    axes.set_ylabel("mean KL divergence to exact KV, nats")
-    axes.set_title(f"{Path(answer['pack']).name} on {Path(answer['text']).name}")
-    axes.grid(which="both", alpha=0.25)
-    axes.legend()
-    save_figure(figure, path)
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
@@ -223,22 +146,6 @@ def _sizes(model: Model, memory: list[int], weights: list[int]) -> list[dict[str
         plan = model.plan_for()
         found.append({"memory": None, "rungs": plan.rungs, "weights": plan.weights})
     return sorted(found, key=lambda size: -size["rungs"])
-
-
-def _windows(model: Model, text: str, tokens: int | None, window: int) -> list[list[int]]:
-    """The text in windows; each begins as the model wants it."""
-    if window > model.context:
-        raise UsageError(f"--window {window}: the model was made for {model.context} tokens")
-    settings = model.pack.manifest.tokens
-    begin = [settings.bos] if settings.add_bos and settings.bos is not None else []
-    ids = list(model.tokenizer.encode(text, add_special=False, parse_special=False))[:tokens]
-    fresh = window - len(begin)
-    # A rest too short to say much is left out, unless there is nothing else.
-    starts = range(0, max(len(ids) - fresh // 2, 1), fresh)
-    windows = [[*begin, *ids[start : start + fresh]] for start in starts]
-    if len(windows[0]) < 2:
-        raise UsageError("the text has fewer than 2 tokens")
-    return windows
 
 
 def _source(
@@ -283,7 +190,7 @@ def _measure(
     sums = [Divergence() for _ in sizes]
     original = Divergence()
     begin, deepest = time.perf_counter(), model.plan_for().rungs
-    for number, ids in enumerate(windows):
+    for place, ids in enumerate(windows):
         vocab = model.pack.manifest.model.vocab
         if reference is not None:
             theirs = reference(ids)
@@ -306,7 +213,7 @@ def _measure(
                 end = at + len(block)
                 total.add(block, ids[at + 1 : end + 1], theirs[at:end])
                 at = end
-            bar("measuring", (number + (index + 1) / len(sizes)) / len(windows))
+            bar("measuring", (place + (index + 1) / len(sizes)) / len(windows))
     results = []
     for size, total in zip(sizes, sums, strict=True):
         plan = model.plan_for(weights=size["weights"] or None)
@@ -334,24 +241,20 @@ def _show(answer: dict[str, Any]) -> None:
             [
                 "-" if size["memory"] is None else format_size(size["memory"]),
                 format_mb(size["weights"]),
-                _number(size["bits_per_weight"], ".2f"),
-                _number(size["kl"], ".3g") + ("" if error is None else f" ± {error:.2g}"),
-                _number(size["expected_kl"], ".3g"),
-                _number(size["top1"], ".1%"),
-                _number(size["perplexity"], ".4g"),
+                number(size["bits_per_weight"], ".2f"),
+                number(size["kl"], ".3g") + ("" if error is None else f" ± {error:.2g}"),
+                number(size["expected_kl"], ".3g"),
+                number(size["top1"], ".1%"),
+                number(size["perplexity"], ".4g"),
             ]
         )
     print(
         f"{answer['tokens']} tokens of {answer['text']} in windows of {answer['window']}\n"
         f"reference: {answer['reference']}, perplexity "
-        f"{_number(answer['reference_perplexity'], '.4g')}\n"
+        f"{number(answer['reference_perplexity'], '.4g')}\n"
     )
     head = ("memory", "weights", "bits", "KL", "expected", "top-1", "perplexity")
     print(table(head, rows))
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _plot(answer: dict[str, Any], path: Path) -> None:

@@ -46,13 +46,15 @@ class Divergence:
 
     def add(
         self, logits: Floats, following: Sequence[int], reference: Floats | None = None
-    ) -> None:
+    ) -> Doubles:
         """Count a block: float32 [rows, vocabulary] of both models for the same positions.
 
         `following`: the token after each position; may be one shorter than the block, at the end.
+        Returns the KL of each position, nothing without a reference.
         """
         if not self._window:
             self.begin_window()
+        before = len(self._kl)
         for start in range(0, len(logits), _ROWS):
             stop = min(start + _ROWS, len(logits))
             mine = log_softmax(logits[start:stop])
@@ -70,6 +72,7 @@ class Divergence:
             self._kl.append(each)
             total, count = self._window[-1]
             self._window[-1] = (total + float(each.sum()), count + len(each))
+        return np.concatenate([*self._kl[before:], np.empty(0)])
 
     def values(self) -> dict[str, float | int | None]:
         """`positions`, `perplexity`, mean `kl` (nats), `kl_error`, `kl_median`, `kl_99`, `top1`."""

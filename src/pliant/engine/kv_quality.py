@@ -1,10 +1,12 @@
 """How far answers with a coded KV cache are from those with an exact one.
 
-The same weights, the same text, and the mean KL divergence between both.
+The same weights, the same text: the mean KL divergence between both, and tasks in which single
+facts matter (`pliant.engine.recall`), since means over a text hide what is lost of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import numpy as np
 from pliant.engine.build import RungFiles
 from pliant.engine.compare import Divergence
 from pliant.engine.loading import Parts, open_parts
+from pliant.engine.recall import Asked, Sample, Score, score, summarise
 from pliant.engine.seam import Floats
 from pliant.engine.turns import Turns
 from pliant.engine.weights import Weights
@@ -22,69 +25,233 @@ from pliant.memory.plan import Wish, kv_levels, rungs_within
 if TYPE_CHECKING:
     from os import PathLike
 
-__all__ = ["kv_quality"]
+__all__ = ["WAYS", "Caches", "compared", "kv_quality", "kv_recall"]
 
+WAYS = ("all_coded", "as_run")
 _STEP = 128  # tokens of a step: whole pages, so that all of them can be seen coded
 _QUARTERS = 4
+_HELD = 2**29  # bytes of exact logits in memory at once; of longer windows fewer pages are compared
+
+
+class Caches:
+    """One model twice: with an exact KV cache, and with a coded one of several levels.
+
+    Tokens are read in two ways: as models run, with the newest page exact, and with every page
+    coded, the worst case. Memory: two models of `weights` bytes (None: all rungs). UsageError if
+    the pack does not know how to code KV, or not with so few of `bits` a value, scales included.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        bits: Sequence[float],
+        *,
+        weights: int | None = None,
+        threads: int | None = None,
+        isa: str = "auto",
+    ) -> None:
+        self._exact = _ready(path, threads, isa, weights, coded=False)
+        self._coded = _ready(path, threads, isa, weights, coded=True)
+        self.sizes = self._coded.sizes
+        self.vocab = self._exact.pack.manifest.model.vocab
+        levels = {kv_levels(self.sizes, Wish(kv_bits=one))[-1] for one in bits}
+        self.levels = sorted(levels, reverse=True)
+
+    def exact(self) -> _Reader:
+        """A sequence in the exact cache."""
+        return _Reader(self._exact, pad=False)
+
+    def coded(self, level: int, way: str) -> _Reader:
+        """A sequence in the coded cache, which no other may be in."""
+        executor: Any = self._coded.executor
+        executor.set_kv_level(level)
+        executor.code_newest(way == "all_coded")
+        return _Reader(self._coded, pad=way == "all_coded")
+
+    def figures(self, level: int) -> dict[str, Any]:
+        """What a level is: `bits`, `rungs`, `bytes_per_token`, `expected_kl`."""
+        return {
+            "bits": self.sizes.kv_bits(level),
+            "rungs": level,
+            "bytes_per_token": self.sizes.page_bytes(level) // self.sizes.kv_page_tokens,
+            "expected_kl": self.sizes.kv_divergence(level),
+        }
+
+
+class _Reader:
+    """One sequence that is fed. `pad`: what is read is made up to whole pages, because only these
+    are ever seen coded; no token sees what comes after it."""
+
+    def __init__(self, parts: Parts, *, pad: bool) -> None:
+        self._executor = parts.executor
+        self._page = parts.sizes.kv_page_tokens
+        self._pad = pad
+        self._sequence = parts.executor.open_sequence()
+
+    def close(self) -> None:
+        """Forget the sequence."""
+        self._executor.close_sequence(self._sequence)
+
+    def feed(
+        self, ids: Sequence[int], wanted: Callable[[int], bool]
+    ) -> Iterator[tuple[int, Floats]]:
+        """Read `ids` page by page, from the end of a page on. Yields for each page that is `wanted`
+        where in `ids` it begins, and the logits of its tokens: float32 [tokens, vocabulary]."""
+        filled = list(ids)
+        if self._pad:
+            filled += [filled[-1]] * (-len(ids) % self._page)
+        at = 0
+        while at < len(filled):
+            want = wanted(at)
+            end = at
+            while end < len(filled) and end - at < _STEP and wanted(end) == want:
+                end += self._page
+            part = np.array(filled[at:end], np.int32)
+            rows = self._executor.step(
+                [self._sequence], [len(part)], part, [2 if want else 0], whole=True
+            )
+            if want:
+                assert rows is not None  # nobody is in a hurry
+                yield at, rows[: len(ids) - at]
+            at = end
+
+    def answer(self, start: int, branch: Sequence[Asked], rest: Sequence[int]) -> list[Score]:
+        """Scores of a branch, read after the first `start` tokens that are there already, whole
+        pages, and the `rest` of the context."""
+        left = self._executor.truncate(self._sequence, start)
+        assert left == start  # whole pages can always be kept
+        ids, spans = list(rest), []
+        for one in branch:
+            ids += one.question
+            spans.append((len(ids) - 1, len(ids) - 1 + len(one.answer)))
+            ids += one.answer
+        rows = {at for begin, end in spans for at in range(begin, end)}
+        pages = {at // self._page for at in rows}
+        found: dict[int, Floats] = {}
+        for at, block in self.feed(ids, lambda at: at // self._page in pages):
+            found |= {at + n: block[n].copy() for n in range(len(block)) if at + n in rows}
+        return [
+            score(np.stack([found[at] for at in range(begin, end)]), one.answer)
+            for one, (begin, end) in zip(branch, spans, strict=True)
+        ]
+
+    def answers(self, sample: Sample) -> list[list[Score]]:
+        """The context is read once, and each branch goes on from it."""
+        start = len(sample.context) // self._page * self._page
+        for _ in self.feed(sample.context[:start], lambda at: False):
+            pass
+        rest = sample.context[start:]
+        return [self.answer(start, branch, rest) for branch in sample.branches]
+
+
+def compared(tokens: int, vocab: int, page: int) -> int:
+    """Of how many pages of a window the last is compared: 1, all, unless the logits of the window
+    are larger than 512 MiB."""
+    held = max(1, _HELD // (page * vocab * 4))
+    return math.ceil(max(1, tokens // page) / held)
 
 
 def kv_quality(
-    path: str | PathLike[str],
+    caches: Caches,
     windows: Sequence[Sequence[int]],
-    bits: Sequence[float],
     *,
-    weights: int | None = None,
-    threads: int | None = None,
-    isa: str = "auto",
     progress: Callable[[float], None] = lambda done: None,
-) -> list[dict[str, Any]]:
-    """Measure a cache of at most each of `bits` bits a value, scales included, against 16.
+) -> dict[str, Any]:
+    """Compare logits, window after window.
 
-    Each token is read in two ways: as models run, with the newest page exact, and with every page
-    coded, the worst case. Returns for each of `bits`, falling: `bits`, `rungs`, `bytes_per_token`,
-    `expected_kl`, and `all_coded` and `as_run`, each with what `Divergence.values` gives and
-    `by_position`: the KL in each quarter of the windows. Memory: two models of `weights` bytes, and
-    the logits of one window twice. UsageError if the pack does not know how to code KV.
+    Returns `exact`, what `Divergence.values` gives for the exact cache alone, and `coded`: for each
+    level, falling, `Caches.figures`, and for each of `WAYS` what `Divergence.values` gives and
+    `by_position`: the KL in each quarter of the windows. Of windows whose logits are larger than
+    512 MiB evenly spread pages are compared. Memory: those, besides the caches.
     """
-    exact = _ready(path, threads, isa, weights, coded=False)
-    coded = _ready(path, threads, isa, weights, coded=True)
-    sizes = coded.sizes
-    levels = sorted({kv_levels(sizes, Wish(kv_bits=one))[-1] for one in bits}, reverse=True)
-    ways = [(level, way) for level in levels for way in ("all_coded", "as_run")]
+    ways = [(level, way) for level in caches.levels for way in WAYS]
     sums = {key: Divergence() for key in ways}
-    parts = {key: [Divergence() for _ in range(_QUARTERS)] for key in ways}
-    vocab = exact.pack.manifest.model.vocab
+    parts = {key: np.zeros((_QUARTERS, 2)) for key in ways}  # KL and positions
+    original = Divergence()
+    page = caches.sizes.kv_page_tokens
     for number, ids in enumerate(windows):
-        theirs = np.empty((len(ids), vocab), np.float32)
-        for start, block in _logits(exact, ids):
-            theirs[start : start + len(block)] = block
+        every = compared(len(ids), caches.vocab, page)
+
+        def wanted(at: int, every: int = every) -> bool:
+            return at // page % every == every - 1
+
+        theirs: dict[int, Floats] = {}
+        original.begin_window()
+        with closing(caches.exact()) as reader:
+            for start, block in reader.feed(ids, wanted):
+                original.add(block, ids[start + 1 : start + len(block) + 1])
+                for at in range(0, len(block), page):
+                    theirs[start + at] = block[at : at + page]
         for index, (level, way) in enumerate(ways):
-            executor: Any = coded.executor
-            executor.set_kv_level(level)
-            executor.code_newest(way == "all_coded")
             sums[level, way].begin_window()
-            for start, block in _logits(coded, ids):
-                end = start + len(block)
-                sums[level, way].add(block, ids[start + 1 : end + 1], theirs[start:end])
-                quarter = parts[level, way][min(start * _QUARTERS // len(ids), _QUARTERS - 1)]
-                quarter.add(block, ids[start + 1 : end + 1], theirs[start:end])
+            with closing(caches.coded(level, way)) as reader:
+                for begin, rows in reader.feed(ids, wanted):
+                    for at in range(0, len(rows), page):
+                        start, block = begin + at, rows[at : at + page]
+                        following = ids[start + 1 : start + len(block) + 1]
+                        kl = sums[level, way].add(block, following, theirs[start])
+                        quarter = (start + np.arange(len(kl))) * _QUARTERS // len(ids)
+                        np.add.at(parts[level, way], quarter, np.stack([kl, np.ones_like(kl)], 1))
             progress((number + (index + 1) / len(ways)) / len(windows))
-    return [
-        {
-            "bits": sizes.kv_bits(level),
-            "rungs": level,
-            "bytes_per_token": sizes.page_bytes(level) // sizes.kv_page_tokens,
-            "expected_kl": sizes.kv_divergence(level),
-            **{
-                way: {
-                    **sums[level, way].values(),
-                    "by_position": [part.values()["kl"] for part in parts[level, way]],
-                }
-                for way in ("all_coded", "as_run")
-            },
+    coded = []
+    for level in caches.levels:
+        found = caches.figures(level)
+        for way in WAYS:
+            quarters = [
+                float(total / count) if count else None for total, count in parts[level, way]
+            ]
+            found[way] = {**sums[level, way].values(), "by_position": quarters}
+        coded.append(found)
+    return {"exact": original.values(), "coded": coded}
+
+
+def kv_recall(
+    caches: Caches,
+    samples: Sequence[Sample],
+    *,
+    begin: Sequence[int] = (),
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Ask what `samples` ask, with an exact cache and each coded one.
+
+    Returns `answers`: for each answer `task`, `length`, `sample`, `depth` (where in the context its
+    first fact is, from 0 to 1), `alone` (its log-likelihood after `begin` and the branch, without
+    the context) and `caches`: from `exact`, and for each level and way `LEVEL WAY`, to its `Score`
+    as a dictionary; and `tasks`, what `summarise` makes of them.
+    """
+    names = [(f"{level} {way}", level, way) for level in caches.levels for way in WAYS]
+    answers: list[dict[str, Any]] = []
+    whole = sum(len(sample.context) for sample in samples) * (len(names) + 1)
+    done = 0
+    for sample in samples:
+        found: dict[str, list[list[Score]]] = {}
+        for name, level, way in [("exact", 0, ""), *names]:
+            reader = caches.coded(level, way) if level else caches.exact()
+            with closing(reader):
+                found[name] = reader.answers(sample)
+            done += len(sample.context)
+            progress(done / whole)
+        for index, branch in enumerate(sample.branches):
+            with closing(caches.exact()) as reader:
+                alone = reader.answer(0, branch, begin)
+            for place, one in enumerate(branch):
+                answers.append(
+                    {
+                        "task": one.task,
+                        "length": sample.length,
+                        "sample": sample.number,
+                        "depth": one.at[0] / len(sample.context),
+                        "alone": alone[place].likelihood,
+                        "caches": {name: scores[index][place] for name, scores in found.items()},
+                    }
+                )
+    tasks = summarise(answers)
+    for answer in answers:
+        answer["caches"] = {
+            name: {"right": one.right, "likelihood": one.likelihood}
+            for name, one in answer["caches"].items()
         }
-        for level in levels
-    ]
+    return {"tasks": tasks, "answers": answers}
 
 
 def _ready(
@@ -98,17 +265,3 @@ def _ready(
         held.grow(rungs, held.limit(rungs), alone=True)
     parts.executor.reserve_kv(sizes.pages(sizes.context))
     return parts
-
-
-def _logits(parts: Parts, ids: Sequence[int]) -> Iterator[tuple[int, Floats]]:
-    """Where a block of logits begins, and the block."""
-    executor = parts.executor
-    sequence = executor.open_sequence()
-    try:
-        for start in range(0, len(ids), _STEP):
-            part = np.array(ids[start : start + _STEP], np.int32)
-            rows = executor.step([sequence], [len(part)], part, [2], whole=True)
-            assert rows is not None  # nobody is in a hurry
-            yield start, rows
-    finally:
-        executor.close_sequence(sequence)

@@ -96,6 +96,11 @@ class Tokens:
     eos: tuple[int, ...]
     add_bos: bool
 
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """What comes before a text."""
+        return (self.bos,) if self.add_bos and self.bos is not None else ()
+
 
 @dataclass(frozen=True, slots=True)
 class MatrixSpec:
