@@ -176,10 +176,10 @@ class Soak:
             if (not state["running"] and not state["waiting"]) or time.monotonic() > end:
                 break
             time.sleep(0.2)
-        pages, budget = state["pages"], state["budget"]
+        pages, budget = state["kv"], state["budget"]
         if state["running"] or state["waiting"]:
             self.wrong.append(f"{state['running']} run and {state['waiting']} wait for ever")
-        if pages["used"] != pages["kept"]:
+        if pages["pages"] != pages["kept"]:
             self.wrong.append(f"{pages['used'] - pages['kept']} pages are in use by nobody")
         if budget["parked"] or budget["parked_bytes"]:
             self.wrong.append(f"{budget['parked']} sequences are parked for nobody")

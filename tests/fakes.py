@@ -159,6 +159,24 @@ class FakeExecutor:
     def trim_kv(self) -> int:
         return 0
 
+    def limit_kv(self, size: int) -> None:
+        self.kv_limit = size
+
+    def kv_ages(self, seqs: list[int], tokens: list[int]) -> tuple[list[int], int]:
+        full = [count // PAGE_TOKENS for count in tokens]
+        ages = [sum(count > age for count in full) for age in range(max(full, default=0))]
+        return ages, sum(count % PAGE_TOKENS > 0 for count in tokens)
+
+    def kv_usable(self, pages: list[int]) -> int:
+        return len(pages)
+
+    def kv_bytes(self, pages: list[int]) -> int:
+        return len(pages) * KV_PAGE
+
+    @property
+    def kv_used_bytes(self) -> int:
+        return self.kv_pages_used * KV_PAGE
+
     def take_page(self, page: int, into: npt.NDArray[np.uint8]) -> None:
         seq, page = divmod(page, 10_000)
         tokens = self.sequences[seq][page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]

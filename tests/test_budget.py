@@ -295,7 +295,7 @@ def test_weights_go_first_then_idle_sessions_and_what_is_promised_stays() -> Non
     report = model.report()
     assert (report.parked, report.in_flight) == (1, 1)
     least = model.least_plan()
-    assert (least.rungs, least.kv_pages) == (1, 32)  # 512 tokens for each of two
+    assert (least.rungs, least.kv) == (1, 32 * PAGE)  # 512 tokens for each of two
     with pytest.raises(BudgetError, match=r"(?s)512 tokens x 2 sessions.*sum"):
         model.budget = least.total - 1
     model.budget = least.total
@@ -309,7 +309,7 @@ def test_what_is_promised_is_not_taken() -> None:
     session = model.session()
     assert session.reserve(2000)  # 63 pages
     least = model.least_plan()
-    assert (least.rungs, least.kv_pages, least.context) == (1, 63, 2000)
+    assert (least.rungs, least.kv, least.context) == (1, 63 * PAGE, 2000)
     with pytest.raises(BudgetError, match=r"(?s)wait until the answers.*2016 tokens in use"):
         model.budget = least.total - 1
     model.budget = least.total
@@ -329,7 +329,7 @@ def test_a_parked_session_comes_back_when_it_is_used() -> None:
     assert two.reserve(model.context)
     pages = model.context // 32
     three = model.session()
-    assert three.reserve((cache_of(model).pages - pages) * 32)
+    assert three.reserve((cache_of(model).bytes // PAGE - pages) * 32)
     three.release()
     assert cache_of(model).parked[0] == 1
     one.feed([5])
@@ -466,7 +466,7 @@ def test_no_order_of_events_loses_a_token_or_breaks_the_sum(data: st.DataObject)
             except BudgetError:
                 assert size < max(model.least_plan().total, FIXED + 512 * 3 * 20 + 1001)
         plan, cache = model.plan, cache_of(model)
-        assert executor.kv_pages_used <= cache.pages == plan.kv_pages
+        assert executor.kv_used_bytes <= cache.bytes == plan.kv
         assert model.ledger.free + model.ledger.held == model.ledger.total >= plan.total
         assert model.depth.rungs == plan.rungs
     for session, tokens in sessions.items():

@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pliant.Model]:
 
 def limits(model: pliant.Model, context: int, pages: int) -> Plan:
     """A plan of which only the KV counts."""
-    return replace(model.plan, context=context, kv_pages=pages)
+    return replace(model.plan, context=context, kv=pages * model._executor.kv_page_bytes)
 
 
 class Player:
@@ -79,8 +79,8 @@ class Player:
                 self.cache.fetch(sequence, keys, 1.0)
                 self.read(sequence, ids)
         elif name == "limit":
-            context, least, tails = self.cache.needs(values[1])
-            least += tails * self.cache.tail
+            context, held = self.cache.needs(values[1])
+            least = max(sum(ages.full) + ages.partial for ages in held)
             self.cache.limit(limits(self.model, max(context, 1), max(values[0], least)))
         elif every:
             self.one(name, every[values[0] % len(every)], values[1:])
@@ -103,7 +103,8 @@ class Player:
                 assert self.cache.holds(sequence)
                 self.read(sequence, ids)
             elif not self.cache.in_flight:
-                assert -(-wanted // PAGE) > self.cache.pages, "there was room"
+                size = -(-wanted // PAGE) * self.model._executor.kv_page_bytes
+                assert size > self.cache.bytes, "there was room"
         elif name == "close":
             self.cache.close(sequence)
             if self.answers.pop(sequence, None) is None:
@@ -146,14 +147,18 @@ class Player:
             self.model._executor.close_sequence(other)
 
     def check(self) -> None:
-        used = self.model._executor.kv_pages_used
-        assert used <= self.cache._taken() <= self.cache.pages
+        executor, cache = self.model._executor, self.cache
+        taken = cache._sizes.kv_bytes(cache.level, cache._ages(cache._in_memory({})))
+        taken += executor.kv_bytes(cache.prefixes.idle_pages())
+        assert executor.kv_used_bytes <= taken <= cache.bytes
         for sequence, entry in self.cache._entries.items():
             length = self.model._executor.length(sequence)
             assert length == (0 if entry.parked is not None else entry.length)
-        least = self.cache.needs(Keep.LEAST)
-        answers = self.cache.needs(Keep.ANSWERS)
-        assert least <= answers <= self.cache.needs(Keep.SESSIONS)
+        sizes = []
+        for keep in (Keep.LEAST, Keep.ANSWERS, Keep.SESSIONS):
+            context, held = cache.needs(keep)
+            sizes.append((context, max(cache._sizes.kv_bytes(cache.level, ages) for ages in held)))
+        assert sizes == sorted(sizes)
 
 
 @pytest.fixture(scope="module")

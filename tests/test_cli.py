@@ -452,7 +452,7 @@ def test_eval_asks_for_single_facts(run: Run, tmp_path: Path) -> None:
     assert (needles["task"], needles["length"]) == ("needle", 2048)
     assert (needles["answers"], needles["contexts"], lookups["answers"]) == (10, 2, 16)
     for way in ("as_run", "all_coded"):
-        coded = needles["caches"][f"{one['rungs']} {way}"]
+        coded = needles["caches"][f"{one['name']} {way}"]
         change = coded["likelihood"] - needles["caches"]["exact"]["likelihood"]
         assert coded["likelihood_change"] == pytest.approx(change, abs=1e-9)
         assert coded["likelihood_change_error"] > 0

@@ -60,7 +60,7 @@ def test_what_is_stored_is_what_the_document_says(path: Path) -> None:
     ]  # fmt: skip
     whole = page(executor, sequence, 0)
     for level in range(len(plies), 0, -1):
-        executor.set_kv_level(level)
+        executor.set_kv_ages([level], [level])
         assert page(executor, sequence, 0) == whole[: codes + 128 * plies[level - 1]]
 
 
@@ -100,12 +100,12 @@ def test_pages_do_not_get_what_they_may_not_have(path: Path) -> None:
     sequence = executor.open_sequence()
     feed(executor, sequence, some_ids(Pack.open(path).manifest.model.vocab, 40), [40])
     stored, whole = executor.kv_stored_bytes, np.frombuffer(page(executor, sequence, 0), np.uint8)
-    executor.set_kv_level(3)
+    executor.set_kv_ages([3], [3])
     full, newest = executor.pages(sequence)
     rest = whole[stored[3] : stored[4]]
     with pytest.raises(UsageError, match="level is 3"):
         executor.deepen_page(full, rest, 4)
-    executor.set_kv_level(5)
+    executor.set_kv_ages([5], [5])
     for wrong, rungs in ((rest[1:], 4), (rest, 3), (rest, 99), (rest, 5), (rest, -1)):
         with pytest.raises(UsageError):
             executor.deepen_page(full, wrong, rungs)

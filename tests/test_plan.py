@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pliant.errors import BudgetError, UsageError
 from pliant.memory.budget import MARGIN, Meter, margin, measure, system_limit
+from pliant.memory.kv_ages import Ages
 from pliant.memory.ledger import Ledger
 from pliant.memory.plan import (
     LEAST_CONTEXT,
@@ -88,7 +89,7 @@ def test_a_plan_fits_or_is_refused_with_the_sum(
         check_plan(plan, sizes, wish)
         # Not a rung more would fit beside the KV that was promised.
         if plan.rungs < sizes.rungs:
-            kv = sizes.kv(least.context if context is None else context, sessions)
+            kv = sizes.kv_session(0, least.context if context is None else context) * sessions
             free = memory - sum(size for _, size in fixed)
             assert sizes.arena[plan.rungs + 1] > free - max(kv, min(free // 6, plan.kv))
 
@@ -100,8 +101,8 @@ def check_plan(plan: Plan, sizes: PackSizes, wish: Wish) -> None:
     assert plan.weights == sizes.weights[plan.rungs]
     assert plan.arena == sizes.arena[plan.rungs]
     assert plan.context <= sizes.context
-    assert plan.kv == plan.kv_pages * sizes.kv_page_bytes
-    assert plan.kv_pages >= math.ceil(plan.context / sizes.kv_page_tokens) * wish.sessions
+    pages = math.ceil(plan.context / sizes.kv_page_tokens) * wish.sessions
+    assert plan.kv == pages * sizes.kv_page_bytes
     if wish.context is not None:
         assert plan.context == wish.context
     else:
@@ -192,13 +193,16 @@ def test_a_pack_without_plies_has_a_plan() -> None:
 
 def test_what_sessions_hold_is_not_taken() -> None:
     sizes = sizes_of([1000] * 50)
-    promised = {"least_context": 2000, "least_pages": 63 + 20}
+    promised: dict[str, Any] = {
+        "least_context": 2000,
+        "held": (Ages((1,) * 60, 3, 4), Ages((1,) * 62, 1, 1) + Ages((1,) * 20)),
+    }
     kept = make_plan(sizes, (), Wish(memory=60_000, **promised))
     assert kept.context >= 2000
-    assert kept.kv == kept.kv_pages * 640 >= 83 * 640
+    assert kept.kv >= 83 * 640
     assert kept.total <= 60_000
     least = smallest(sizes, (), Wish(memory=1, sessions=4, **promised))
-    assert (least.kv_pages, least.context, least.rungs) == (83, 2000, 1)
+    assert (least.kv, least.context, least.rungs) == (83 * 640, 2000, 1)
     with pytest.raises(BudgetError, match=r"(?s)2656 tokens in use or promised.*sum"):
         make_plan(sizes, (), Wish(memory=53_000, **promised))
 

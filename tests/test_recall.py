@@ -15,6 +15,7 @@ from pliant.engine.kv_quality import WAYS, Caches, compared, kv_quality, kv_reca
 from pliant.engine.recall import TASKS, Sample, Score, make_samples, score, summarise
 from pliant.engine.seam import Tokenizer
 from pliant.errors import UsageError
+from pliant.memory.plan import Wish, kv_levels
 from pliant.store import Pack
 from test_executor import some_ids
 from test_kv import coded
@@ -185,11 +186,12 @@ def test_changes_are_paired_by_context() -> None:
 def test_branches_are_what_reading_everything_gives(path: Path, samples: list[Sample]) -> None:
     """Read once and gone on from again and again, exact and coded: the same as from nothing."""
     caches = Caches(path, [4.5], threads=2)
-    level = caches.levels[0]
     sample = samples[0]
+    level = kv_levels(caches.sizes, Wish(kv_bits=4.5), sample.length)[-1]
+    seen = caches.sizes.schedule(level).seen.tolist()
     found = kv_recall(caches, [sample])["answers"]
     executor = coded(path)
-    executor.set_kv_level(level)
+    executor.set_kv_ages(seen, seen)
     sequence = executor.open_sequence()
     at = 0
     for branch in sample.branches:
@@ -202,7 +204,7 @@ def test_branches_are_what_reading_everything_gives(path: Path, samples: list[Sa
         rows = executor.step([sequence], [len(ids)], np.array(ids, np.int32), [2])
         for begin, answer in spans:
             expected = score(rows[begin : begin + len(answer)], answer)
-            assert found[at]["caches"][f"{level} as_run"] == {
+            assert found[at]["caches"]["4.5 as_run"] == {
                 "right": expected.right,
                 "likelihood": expected.likelihood,
             }
@@ -217,7 +219,7 @@ def test_nothing_is_lost_where_nothing_is_coded(
     caches = Caches(path, [4.5], threads=2)
     windows = [some_ids(256, 200), some_ids(256, 90, seed=1)]
     real, asked = kv_quality(caches, windows), kv_recall(caches, samples[:2])
-    monkeypatch.setattr(Caches, "coded", lambda self, level, way: self.exact())
+    monkeypatch.setattr(Caches, "coded", lambda self, *_: self.exact())
     same, told = kv_quality(caches, windows), kv_recall(caches, samples[:2])
     for way in WAYS:
         assert same["coded"][0][way]["kl"] == 0

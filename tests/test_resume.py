@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pliant
+import pliant.memory.plan as plan_module
 from fakes import AlwaysRead
 from pliant.engine.answers import Answer, Request
 from pliant.engine.cache import RESUME
@@ -24,6 +25,7 @@ from pliant.engine.parked_page import ParkedPage
 from pliant.engine.sampling import Sampling
 from pliant.engine.scheduler import Counters, Scheduler
 from pliant.errors import ChecksumError
+from pliant.memory import kv_ages
 from test_park import some
 from test_scheduler import Desk
 from tiny import write_tiny_pack
@@ -57,6 +59,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden=256,
         layers=4,
     )
+
+
+@pytest.fixture(autouse=True)
+def all_ages_alike(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Here all pages of a level have the same rungs; tests/test_kv_ages.py has those of ages."""
+    for module in (kv_ages, plan_module):
+        monkeypatch.setattr(module, "SLOPE", 0.0)
+    kv_ages.make_schedule.cache_clear()
+    yield
+    kv_ages.make_schedule.cache_clear()
+
+
+def top(model: pliant.Model) -> int:
+    """The rungs of pages."""
+    return int(model._sizes.schedule(model.depth.kv_level).seen[0])
+
+
+def level(model: pliant.Model, rungs: int) -> int:
+    """At which pages have so many rungs."""
+    levels = model._sizes.kv_levels
+    return next(one for one in levels if model._sizes.schedule(one).seen[0] == rungs)
+
+
+def bits(model: pliant.Model, rungs: int) -> float:
+    return model._sizes.kv_bits(level(model, rungs), model.context)
 
 
 def on_disk(model: pliant.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +125,9 @@ def away(model: pliant.Model, session: pliant.Session) -> None:
         model._holdings.cache._park(session.sequence)
 
 
-def move(model: pliant.Model, level: int) -> None:
+def move(model: pliant.Model, rungs: int) -> None:
     with model._turns:
-        model._holdings.cache.limit(replace(model.plan, kv_level=level))
+        model._holdings.cache.limit(replace(model.plan, kv_level=level(model, rungs)))
 
 
 def rungs(model: pliant.Model, session: pliant.Session) -> list[int]:
@@ -119,7 +146,7 @@ def contents(model: pliant.Model, session: pliant.Session, count: int) -> list[b
 
 
 def test_it_goes_on_before_all_is_back(model: pliant.Model) -> None:
-    full = model.depth.kv_level
+    full = top(model)
     with model.session() as session:
         session.feed(some(200))
         before = contents(model, session, 6)
@@ -137,7 +164,7 @@ def test_it_goes_on_before_all_is_back(model: pliant.Model) -> None:
             assert max(later) - min(later) <= (1 if len(seen) > 2 else full)
         assert seen[-1] == [full] * 6
         assert contents(model, session, 6) == before
-        assert track.values()["kv_bits_lowest"] == model._sizes.kv_bits(2)
+        assert track.values()["kv_bits_lowest"] == bits(model, 2)
         last = DepthTrack()
         session.feed([7], last)
         assert last.values()["kv_bits_lowest"] == model.depth.kv_bits
@@ -152,7 +179,7 @@ def test_where_reading_is_fast_nothing_differs(model: pliant.Model) -> None:
         other.feed(some(200))
         expected = other.feed([7])
         session.feed(some(200))
-        slow(model, 7, model.depth.kv_level)
+        slow(model, 7, top(model))
         away(model, session)
         track = DepthTrack()
         session.feed([7], track)
@@ -163,7 +190,7 @@ def test_where_reading_is_fast_nothing_differs(model: pliant.Model) -> None:
 
 
 def test_what_a_level_took_comes_back_if_it_was_parked(model: pliant.Model) -> None:
-    full = model.depth.kv_level
+    full = top(model)
     with model.session() as parked, model.session() as live:
         for session in (parked, live):
             session.feed(some(100))
@@ -180,7 +207,7 @@ def test_what_a_level_took_comes_back_if_it_was_parked(model: pliant.Model) -> N
             for session in (parked, live):
                 session.feed([7], track if session is live else None)
         assert rungs(model, live)[:3] == [2] * 3
-        assert track.values()["kv_bits_lowest"] == model._sizes.kv_bits(2)
+        assert track.values()["kv_bits_lowest"] == bits(model, 2)
         assert track.values()["bits_per_weight"] == model.depth.bits_per_weight
         assert contents(model, parked, 3) == before
         assert model.report().parked_bytes == 0
@@ -203,7 +230,7 @@ def test_a_rest_that_is_broken_is_left(
         for _ in range(3):
             session.feed([7], track)
         assert rungs(model, session)[:3] == [2] * 3
-        assert track.values()["kv_bits_lowest"] == model._sizes.kv_bits(2)
+        assert track.values()["kv_bits_lowest"] == bits(model, 2)
         assert model.report().parked_bytes == 0
 
 
@@ -225,7 +252,7 @@ def test_whatever_happens_a_page_is_a_beginning_of_itself(
 ) -> None:
     """Pages have at most the rungs that the level allows, those of a page are always the first of
     what was once coded, and depths say the least of them."""
-    full, files = model.depth.kv_level, open_files()
+    full, files = top(model), open_files()
     ids, made = some(600), list[bytes]()  # of each page, when it was coded
     cache = model._holdings.cache
     move(model, full)
@@ -235,8 +262,8 @@ def test_whatever_happens_a_page_is_a_beginning_of_itself(
             if name == "feed" and len(session) + value <= model.context:
                 track, at = DepthTrack(), len(session)
                 session.feed(ids[at : at + value], track)
-                fewest = min([r for r in rungs(model, session) if r] or [cache.level])
-                assert track.values()["kv_bits_lowest"] <= model._sizes.kv_bits(fewest)
+                fewest = min([r for r in rungs(model, session) if r] or [top(model)])
+                assert track.values()["kv_bits_lowest"] <= bits(model, fewest)
                 assert cache.level_of(session.sequence) <= cache.level
             elif name == "park" and len(session) and cache._entries[session.sequence].length:
                 if cache._entries[session.sequence].parked is None:
@@ -250,7 +277,7 @@ def test_whatever_happens_a_page_is_a_beginning_of_itself(
                 slow(model, 3, min(value, full))
             if cache._entries[session.sequence].parked is None:
                 forms = rungs(model, session)
-                assert max(forms, default=0) <= cache.level
+                assert max(forms, default=0) <= top(model)
                 now = contents(model, session, len(session) // 32)
                 made += now[len(made) :]
                 for one, whole in zip(now, made, strict=True):
@@ -289,7 +316,8 @@ def test_answers_that_give_way_come_back_whole(sliced: pliant.Model) -> None:
         return answers, scheduler.counters
 
     expected = [make([one])[0][0] for one in wanted]
-    model._holdings.cache.pages = 12
+    cache = model._holdings.cache
+    cache.bytes = model._sizes.kv_session(cache.level, 240) * 5 // 2
     slow(model, 1, 1, exact=0)
     answers, counters = make(wanted)
     assert counters.preemptions > 0
@@ -325,7 +353,7 @@ def test_a_short_session_parks_again(model: pliant.Model) -> None:
         away(model, session)
         session.feed([7])
         session.rewind([*some(100)[:60], 9, 9])
-        assert len(session) == 32
+        assert len(session) == 0  # what came of its pages is too shallow to go on from there
         session.rewind([5, 5])
         session.feed([5, 5])
         away(model, session)

@@ -93,7 +93,7 @@ def model(pack: Path) -> Iterator[pliant.Model]:
 
 def limited(model: pliant.Model, pages: int) -> None:
     """Give all answers together only so many pages."""
-    model._holdings.cache.pages = pages
+    model._holdings.cache.bytes = pages * model._executor.kv_page_bytes
 
 
 def small(model: pliant.Model) -> int:
@@ -181,7 +181,7 @@ def test_answers_are_the_same_as_alone_whatever_comes_and_goes(
     assert scheduler.counters.cached_tokens > 0
     state = scheduler.state()
     assert (state.waiting, state.running) == (0, 0)
-    assert state.used == state.kept  # finished answers hold nothing but prefixes
+    assert state.pages == state.kept  # finished answers hold nothing but prefixes
     scheduler.close()
     assert model._executor.kv_pages_used == 0
     assert not model._holdings.cache._entries
@@ -546,8 +546,7 @@ def test_a_smaller_budget_makes_answers_give_way_and_a_larger_one_lets_them_in(w
             at = sum(len(answer.tokens) for answer in answers)
             if not moves and at > 300 and scheduler.state().running == 6:
                 model.resize(memory=small(model), weights=weights)
-                used, pages = model._executor.kv_pages_used, model.plan.kv_pages
-                moves.append((used, pages))
+                moves.append((model._executor.kv_used_bytes, model.plan.kv))
             elif len(moves) == 1 and at > 900:
                 moves.append((scheduler.state().running, scheduler.state().waiting))
                 model.resize(memory=None, weights=weights)
@@ -558,8 +557,9 @@ def test_a_smaller_budget_makes_answers_give_way_and_a_larger_one_lets_them_in(w
         answers = scheduler.submit(wanted)
         scheduler.start()
         desk.wait(*answers)
-        (used, pages), few = moves
-        assert used <= pages == 16  # at once: 512 tokens, the least context
+        (used, kv), few = moves
+        # At once: 512 tokens, the least context.
+        assert used <= kv == 16 * model._executor.kv_page_bytes
         assert few[0] < 6
         assert few[1] > 0
         assert max(later) > few[0]

@@ -689,7 +689,7 @@ def test_many_clients_get_what_they_would_alone(own_model: pliant.Model) -> None
             assert text is None or text == due
         wait_until(lambda: server.scheduler.state().running + server.scheduler.state().waiting == 0)
         state = server.scheduler.state()
-        assert state.used == state.kept
+        assert state.pages == state.kept
         assert not server.kitchen.bridge._flows
 
 

@@ -38,6 +38,7 @@ ROWS = 8  # looked at together: small enough to stay in the cache
 WINDOWS = {512: 4, 8192: 1}  # tokens, and how many windows of them
 SAMPLES = {1024: 4, 4096: 2, 8192: 1}  # tokens, and how many contexts of each kind
 BITS = (3.25, 4.25, 5.25)
+LABELLED = 2048  # tokens after which a cache has the bits that tables name
 LONG_BITS, LONG_TYPE = 4.25, "q4_0"  # the only caches that longer texts are read with
 SIDES = {"llama.cpp": "theirs", "pliant": "ours"}
 MORE = 3  # exit status: there are jobs left
@@ -106,18 +107,16 @@ def ours(options: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Job], A
 
     begin = json.loads((options.work / options.model / "kv_ids.json").read_text())["begin"]
     caches = Caches(options.pack, BITS, threads=options.threads)
-    levels = caches.levels
-    figures = {f"{level} {way}": caches.figures(level) for level in levels for way in WAYS}
+    figures = {f"{bits:g} {way}": caches.figures(bits, LABELLED) for bits in BITS for way in WAYS}
 
     def measure(job: Job) -> Any:
-        caches.levels = levels
+        caches.bits = sorted(BITS, reverse=True)
         if job["length"] >= options.long:
-            few = [level for level in levels if caches.figures(level)["bits"] <= LONG_BITS]
-            caches.levels = few[:1]
+            caches.bits = [LONG_BITS]
         if "ids" in job:
             found = kv_quality(caches, [job["ids"]])
             return {
-                f"{one['rungs']} {way}": kept(one[way], found["exact"]["perplexity"])
+                f"{one['name']} {way}": kept(one[way], found["exact"]["perplexity"])
                 for one in found["coded"]
                 for way in WAYS
             }

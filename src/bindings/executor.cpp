@@ -279,10 +279,43 @@ void init_executor(nb::module_& module) {
                              bytes.push_back(self.kv.ladder.bytes(i));
                          return bytes;
                      })
-        .def_prop_ro("kv_level", [](const Executor& self) { return self.kv.level(); })
         .def(
-            "set_kv_level", [](Executor& self, int rungs) { self.kv.set_level(rungs); },
-            nb::arg("rungs"))
+            "set_kv_ages",
+            [](Executor& self, const std::vector<uint8_t>& seen, const std::vector<uint8_t>& kept) {
+                self.kv.set_ages(seen, kept);
+            },
+            nb::arg("seen"), nb::arg("kept"), nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "limit_kv",
+            [](Executor& self, uint64_t bytes) {
+                self.kv.set_limit(bytes);
+                self.kv.fit();
+            },
+            nb::arg("size"), nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "kv_ages",
+            [](const Executor& self, const std::vector<int>& seqs, const std::vector<int>& tokens) {
+                if (seqs.size() != tokens.size())
+                    throw UsageError("each sequence needs a number of tokens");
+                const KvCache::Ages ages = self.kv.ages(seqs, tokens);
+                return std::make_tuple(ages.full, ages.partial);
+            },
+            nb::arg("seqs"), nb::arg("tokens"))
+        .def(
+            "kv_usable",
+            [](const Executor& self, const std::vector<int>& pages) {
+                return self.kv.usable(pages);
+            },
+            nb::arg("pages"))
+        .def(
+            "kv_bytes",
+            [](const Executor& self, const std::vector<int>& pages) {
+                self.kv.check_used(pages);
+                uint64_t total = 0;
+                for (int page : pages) total += self.kv.bytes(page);
+                return total;
+            },
+            nb::arg("pages"))
         .def(
             "code_newest", [](Executor& self, bool on) { self.kv.code_newest = on; }, nb::arg("on"))
         .def(

@@ -18,15 +18,19 @@ void Forward::plan_attention() {
         const ChunkToken& token = at(chunk_, t);
         if ((token.position + 1) % kPageTokens == 0)
             full_.push_back({token.sequence, token.position / kPageTokens});
-        // The same for all layers and heads.
-        if (t > 0 && token.sequence == at(chunk_, t - 1).sequence) {
+        // What is seen of pages is the same for all layers and heads, and for the tokens of a page.
+        const int newest = token.position / kPageTokens;
+        if (t > 0 && token.sequence == at(chunk_, t - 1).sequence &&
+            newest == at(chunk_, t - 1).position / kPageTokens) {
             first_slot_.push_back(first_slot_.back());
             continue;
         }
         first_slot_.push_back(slots_.size());
-        for (int page : e_.kv.pages(token.sequence)) {
+        const std::vector<int>& pages = e_.kv.pages(token.sequence);
+        for (int i = 0; i <= newest; ++i) {
+            const int page = at(pages, i), there = e_.kv.rungs(page);
             slots_.push_back(e_.kv.slot(page));
-            maps_.push_back(e_.kv.ladder.map(e_.kv.rungs(page)));
+            maps_.push_back(e_.kv.ladder.map(there, std::min(there, e_.kv.seen(i, newest))));
         }
     }
     singles_ = group_ <= kMaxQueries;

@@ -42,17 +42,70 @@ void KvCache::reserve(int pages) {
     free_.resize(count);
     for (int i = 0; i < pages; ++i) free_[static_cast<size_t>(i)] = pages - 1 - i;  // lowest on top
     halves_ = free_;
-    if (level_ == 0 && ladder.present()) level_ = ladder.rungs();
+    used_ = 0;
+    if (seen_.empty() && ladder.present()) seen_ = kept_ = {static_cast<uint8_t>(ladder.rungs())};
 }
 
-void KvCache::set_level(int rungs) {
+void KvCache::set_ages(std::vector<uint8_t> seen, std::vector<uint8_t> kept) {
     if (!ladder.present()) throw UsageError("this model keeps its KV cache exact");
-    if (rungs < 1 || rungs > ladder.rungs())
-        throw UsageError("a KV page has 1 to " + std::to_string(ladder.rungs()) +
-                         " rungs, and not " + std::to_string(rungs));
-    level_ = rungs;
+    if (seen.empty() || seen.size() != kept.size() || seen[0] != kept[0])
+        throw UsageError("the rungs that are seen and kept are not for the same ages");
+    for (size_t i = 0; i < seen.size(); ++i)
+        if (seen[i] < 1 || seen[i] > kept[i] || kept[i] > ladder.rungs() ||
+            (i > 0 && (seen[i] > seen[i - 1] || kept[i] > kept[i - 1])))
+            throw UsageError("a KV page has 1 to " + std::to_string(ladder.rungs()) +
+                             " rungs, and never more when it is older");
+    seen_ = std::move(seen);
+    kept_ = std::move(kept);
+    settle();
+}
+
+void KvCache::fit() {
+    if (limit_ == 0) return;
+    if (used_ > limit_) settle();
+    if (touched_bytes() > limit_) trim();
+}
+
+void KvCache::settle() {
+    std::vector<uint8_t> needed(static_cast<size_t>(pages_), 0);
+    for (const Sequence& s : sequences_) {
+        const int newest = s.length / kPageTokens;
+        for (int i = 0; i < newest; ++i) {
+            uint8_t& most = needed[static_cast<size_t>(s.pages[static_cast<size_t>(i)])];
+            most = std::max(most, static_cast<uint8_t>(of_age(kept_, i, newest)));
+        }
+    }
     for (int page = 0; page < pages_; ++page)
-        if (users_[static_cast<size_t>(page)] > 0 && coded(page)) shallow(page, rungs);
+        if (const int most = needed[static_cast<size_t>(page)]; most > 0 && coded(page))
+            shallow(page, most);
+}
+
+KvCache::Ages KvCache::ages(const std::vector<int>& sequences,
+                            const std::vector<int>& tokens) const {
+    Ages found{{}, 0};
+    const auto count = [&](int age) {
+        if (static_cast<size_t>(age) >= found.full.size())
+            found.full.resize(static_cast<size_t>(age) + 1, 0);
+        ++found.full[static_cast<size_t>(age)];
+    };
+    std::vector<int> youngest(static_cast<size_t>(pages_), -1);
+    for (size_t i = 0; i < sequences.size(); ++i) {
+        const Sequence& s = get(sequences[i]);
+        const int newest = tokens[i] / kPageTokens, there = static_cast<int>(s.pages.size());
+        if (tokens[i] % kPageTokens != 0) ++found.partial;
+        for (int page = 0; page < newest; ++page) {
+            const int age = page == 0 ? 0 : newest - page;
+            if (page >= there) {
+                count(age);
+                continue;
+            }
+            int& least = youngest[static_cast<size_t>(s.pages[static_cast<size_t>(page)])];
+            least = least < 0 ? age : std::min(least, age);
+        }
+    }
+    for (const int age : youngest)
+        if (age >= 0) count(age);
+    return found;
 }
 
 int KvCache::open() {
@@ -84,6 +137,7 @@ int KvCache::take() {
     exact_[at] = halves_.back();
     halves_.pop_back();
     touched_[static_cast<size_t>(exact_[at])] = true;
+    used_ += page_bytes_;
     return page;
 }
 
@@ -95,6 +149,7 @@ void KvCache::drop_exact(int page) {
 
 void KvCache::release(int page) {
     if (--users_[static_cast<size_t>(page)] > 0) return;
+    used_ -= bytes(page);
     drop_exact(page);
     free_.push_back(page);
 }
@@ -109,6 +164,7 @@ uint64_t KvCache::shallow(int page, int rungs) {
     if (rungs < 1) throw UsageError("a KV page keeps at least one rung");
     if (rungs_[at] > rungs) {
         ladder.shrink(slot(page), rungs_[at], rungs);
+        used_ -= ladder.bytes(rungs_[at]) - ladder.bytes(rungs);
         rungs_[at] = rungs;
     }
     if (rungs_[at] == 0 || touched_rungs_[at] <= rungs_[at]) return 0;
@@ -126,9 +182,10 @@ void KvCache::seal(int sequence, int first) {
         const int page = s.pages[static_cast<size_t>(i)];
         const size_t at = static_cast<size_t>(page);
         if (rungs_[at] > 0) continue;
-        rungs_[at] = level_;
-        touched_rungs_[at] = std::max(touched_rungs_[at], level_);
-        shallow(page, level_);
+        rungs_[at] = level();
+        used_ -= page_bytes_ - ladder.bytes(level());
+        touched_rungs_[at] = std::max(touched_rungs_[at], level());
+        shallow(page, level());
         drop_exact(page);
     }
 }
@@ -172,20 +229,42 @@ void KvCache::close(int sequence) {
     s = {};
 }
 
-int KvCache::truncate(int sequence, int length) {
-    if (length < 0 || length > get(sequence).length)
-        throw UsageError("cannot truncate sequence " + std::to_string(sequence) + " of " +
-                         std::to_string(get(sequence).length) + " tokens to " +
-                         std::to_string(length));
+void KvCache::cut(int sequence, int length) {
     Sequence& s = sequences_[static_cast<size_t>(sequence)];
-    if (length < s.length && length % kPageTokens != 0 &&
-        coded(s.pages[static_cast<size_t>(length / kPageTokens)]))
-        length -= length % kPageTokens;
     s.length = length;
     while (static_cast<int>(s.pages.size()) > pages_of(length)) {
         release(s.pages.back());
         s.pages.pop_back();
     }
+}
+
+int KvCache::usable(const std::vector<int>& pages) const {
+    check_used(pages);
+    const auto deep = [&](int count) {
+        for (int i = 0; i < count; ++i) {
+            const int page = pages[static_cast<size_t>(i)];
+            if (coded(page) && rungs(page) < seen(i, count)) return false;
+        }
+        return true;
+    };
+    int count = static_cast<int>(pages.size());
+    while (!deep(count)) --count;
+    return count;
+}
+
+int KvCache::truncate(int sequence, int length) {
+    if (length < 0 || length > get(sequence).length)
+        throw UsageError("cannot truncate sequence " + std::to_string(sequence) + " of " +
+                         std::to_string(get(sequence).length) + " tokens to " +
+                         std::to_string(length));
+    const Sequence& s = sequences_[static_cast<size_t>(sequence)];
+    if (length == s.length) return length;
+    int full = length / kPageTokens;
+    if (length % kPageTokens != 0 && coded(s.pages[static_cast<size_t>(full)]))
+        length = full * kPageTokens;
+    full = usable({s.pages.begin(), s.pages.begin() + full});
+    if (full < length / kPageTokens) length = full * kPageTokens;
+    cut(sequence, length);
     return length;
 }
 
@@ -238,6 +317,7 @@ void KvCache::append(int sequence, int tokens, int rungs, const uint8_t* stored)
         return;
     }
     rungs_[at] = rungs;
+    used_ -= page_bytes_ - ladder.bytes(rungs);
     touched_rungs_[at] = std::max(touched_rungs_[at], rungs);
     shallow(page, rungs);
     drop_exact(page);
@@ -247,11 +327,12 @@ void KvCache::append(int sequence, int tokens, int rungs, const uint8_t* stored)
 void KvCache::deepen(int page, int rungs, const uint8_t* stored) {
     check_used({page});
     const size_t at = static_cast<size_t>(page);
-    if (!coded(page) || rungs <= rungs_[at] || rungs > level_ || users_[at] != 1)
+    if (!coded(page) || rungs <= rungs_[at] || rungs > level() || users_[at] != 1)
         throw UsageError("a page of " + std::to_string(rungs_[at]) + " rungs and " +
                          std::to_string(users_[at]) + " users cannot get " + std::to_string(rungs) +
-                         " where the level is " + std::to_string(level_));
+                         " where the level is " + std::to_string(level()));
     ladder.join(slot(page), rungs_[at], rungs, stored);
+    used_ += ladder.bytes(rungs) - ladder.bytes(rungs_[at]);
     rungs_[at] = rungs;
     touched_rungs_[at] = std::max(touched_rungs_[at], rungs);
 }
@@ -262,13 +343,6 @@ uint16_t* KvCache::values(int sequence, int page, int layer, int head) const {
 
 uint64_t KvCache::bytes(int page) const {
     return coded(page) ? ladder.bytes(rungs_[static_cast<size_t>(page)]) : page_bytes_;
-}
-
-uint64_t KvCache::used_bytes() const {
-    uint64_t total = 0;
-    for (int page = 0; page < pages_; ++page)
-        if (users_[static_cast<size_t>(page)] > 0) total += bytes(page);
-    return total;
 }
 
 uint64_t KvCache::touched_bytes() const {

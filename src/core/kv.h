@@ -5,11 +5,13 @@
 // a page with more, a sequence that goes on inside it takes a copy first.
 //
 // Without a ladder pages are exact: half precision. With one they are exact until they are full;
-// then they are coded into their slot, at the level that holds then, and the exact half is given
-// up. A coded page may lose rungs at any time between steps, and gets none back but from where it
-// was stored.
+// then they are coded into their slot, and the exact half is given up. How many rungs of a page a
+// token sees depends on the age of the page alone: how many pages later the token is. So a sequence
+// needs ever fewer of them. What none needs any more is given up when memory is short, and comes
+// back only from where it was stored.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -37,9 +39,14 @@ class KvCache {
     void drop(const std::vector<int>& pages);
     void check_used(const std::vector<int>& pages) const;  // EngineError unless all are
     int length(int sequence) const { return get(sequence).length; }
-    // Forgets the tokens from `length` on; inside a coded page, all of that page. Returns how many
-    // are left.
+    // Forgets the tokens from `length` on; inside a coded page, all of that page; and all but what
+    // is `usable`. Returns how many are left.
     int truncate(int sequence, int length);
+    // The same in the middle of a step, at a length where the sequence was when it began.
+    void cut(int sequence, int length);
+    // How many of these pages, from the first on, a sequence can go on after: they have all the
+    // rungs that it would see.
+    int usable(const std::vector<int>& pages) const;
     // Pages that must be taken before `tokens` tokens can be appended: new ones, and the copy of a
     // shared one.
     int pages_needed(int sequence, int tokens) const;
@@ -50,13 +57,26 @@ class KvCache {
     // To measure the worst case: tokens of a prompt see also the page that they are in coded, if
     // their chunk fills it.
     bool code_newest = false;
-    // With a ladder: how many rungs pages get that are coded from now on. Those that have more lose
-    // them.
-    int level() const { return level_; }
-    void set_level(int rungs);
+    // With a ladder: how many rungs of a page are seen, and how many are kept when memory is short,
+    // for each age: of the page before that of a token it is 1. Index 0 is for the first page of a
+    // sequence, which always draws much attention, and for pages as they are coded. The last entry
+    // is for all that are older. UsageError unless both fall, and more are kept than seen.
+    void set_ages(std::vector<uint8_t> seen, std::vector<uint8_t> kept);
+    int seen(int number, int newest) const { return of_age(seen_, number, newest); }
+    // Bytes that pages may take, as far as giving up what nobody needs is enough; 0: any.
+    void set_limit(uint64_t bytes) { limit_ = bytes; }
+    // Gives up what no sequence needs, and what no page uses, if the limit is exceeded.
+    void fit();
+    // How many full pages of each age sequences would have with so many tokens, each page counted
+    // once, and how many pages that are partly filled.
+    struct Ages {
+        std::vector<int> full;
+        int partial;
+    };
+    Ages ages(const std::vector<int>& sequences, const std::vector<int>& tokens) const;
     bool coded(int page) const { return rungs_[static_cast<size_t>(page)] > 0; }
     // How many rungs a page has, or will have once it is full.
-    int rungs(int page) const { return coded(page) ? rungs_[static_cast<size_t>(page)] : level_; }
+    int rungs(int page) const { return coded(page) ? rungs_[static_cast<size_t>(page)] : level(); }
     // Takes rungs from a coded page that is in use, until it has no more than `rungs`; at least one
     // is left. Returns the bytes that the kernel got back.
     uint64_t shallow(int page, int rungs);
@@ -87,7 +107,7 @@ class KvCache {
     uint64_t page_bytes() const { return page_bytes_; }  // exact
     // Bytes of a page in use: its slot, or its exact half.
     uint64_t bytes(int page) const;
-    uint64_t used_bytes() const;  // of all pages in use
+    uint64_t used_bytes() const { return used_; }  // of all pages in use
     uint64_t touched_bytes() const;
     // Gives the memory of pages that nobody uses back to the kernel; returns the bytes.
     uint64_t trim();
@@ -102,6 +122,12 @@ class KvCache {
     bool copies(const Sequence& s) const;
     int take();
     void release(int page);
+    int level() const { return seen_.empty() ? 0 : seen_[0]; }
+    static int of_age(const std::vector<uint8_t>& ages, int number, int newest) {
+        if (number == 0) return ages[0];
+        return ages[std::min(static_cast<size_t>(newest - number), ages.size() - 1)];
+    }
+    void settle();
 
     int layers_, kv_heads_, head_dim_, value_stride_;
     size_t key_halves_, head_halves_;  // of one layer and head: K, K and V
@@ -111,7 +137,9 @@ class KvCache {
                page_bytes_ * static_cast<uint64_t>(exact_[static_cast<size_t>(page)]);
     }
     void drop_exact(int page);
-    int pages_ = 0, level_ = 0;
+    int pages_ = 0;
+    std::vector<uint8_t> seen_, kept_;  // by age
+    uint64_t used_ = 0, limit_ = 0;
     Arena arena_, slots_;      // exact pages, and coded ones
     std::vector<int> free_;    // pages
     std::vector<int> halves_;  // free exact halves

@@ -49,6 +49,12 @@ class KvLadder {
         const size_t at = static_cast<size_t>(rungs) * static_cast<size_t>(units_);
         return {depths_.data() + at, plies_.data() + at, codes_.data() + at / 2};
     }
+    // The first `seen` rungs of a slot that has `there` of them.
+    SlotMap map(int there, int seen) const {
+        SlotMap found = map(there);
+        found.depths = map(seen).depths;
+        return found;
+    }
     // Takes the last rungs of a slot: from `before` to `after`. The end of the slot is free then.
     void shrink(uint8_t* slot, int before, int after) const;
     // Bytes of a page in rungs, with the first `rungs` of them.

@@ -41,6 +41,7 @@ bool Executor::step(const std::vector<Piece>& pieces, const int32_t* tokens, flo
     std::vector<ChunkToken> chunk;
     size_t begun = 0;
     const auto run = [&] {
+        kv.fit();
         const bool ended = Forward(*this, chunk, logits, states, whole).run();
         // The page that a sequence goes on in stays exact: the step may yet be given up.
         for (size_t i = 0; ended && i < std::min(begun + 1, pieces.size()); ++i)
@@ -68,7 +69,7 @@ bool Executor::step(const std::vector<Piece>& pieces, const int32_t* tokens, flo
         if (ended)
             kv.seal(pieces[i].sequence, lengths[i] / kPageTokens);
         else
-            kv.truncate(pieces[i].sequence, lengths[i]);
+            kv.cut(pieces[i].sequence, lengths[i]);
     }
     return ended;
 }

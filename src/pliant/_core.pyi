@@ -129,11 +129,21 @@ class Executor:
     @property
     def kv_rung_bytes(self) -> list[int]:
         """Bytes of a coded page with 0, 1, ... rungs; empty without a ladder."""
-    @property
-    def kv_level(self) -> int:
-        """Rungs of pages that are coded from now on; 0 without a ladder."""
-    def set_kv_level(self, rungs: int) -> None:
-        """Rungs of coded pages from now on; pages that have more lose them."""
+    def set_kv_ages(self, seen: list[int], kept: list[int]) -> None:
+        """How many rungs of a coded page are seen from now on, and kept when memory is short, by
+        its age; index 0 is for the first page of a sequence and for pages as they are coded, the
+        last for all that are older. Neither rises. What is more than kept is given up."""
+    def limit_kv(self, size: int) -> None:
+        """Bytes that pages may take in all, as far as giving up what no sequence needs is enough;
+        0: any. Holds before each chunk of a step."""
+    def kv_ages(self, seqs: list[int], tokens: list[int]) -> tuple[list[int], int]:
+        """How many full pages of each age these sequences would have with so many tokens each, a
+        page that they share counted once; and how many that are partly filled."""
+    def kv_usable(self, pages: list[int]) -> int:
+        """How many of these pages, from the first on, a sequence can go on after: they have all
+        the rungs that it would see."""
+    def kv_bytes(self, pages: list[int]) -> int:
+        """Bytes of pages that are in use, exact or coded."""
     def set_kv_ladder(
         self, units: npt.NDArray[np.uint32], plies: list[int], thresholds: npt.NDArray[np.float32]
     ) -> None:

@@ -19,7 +19,7 @@ constexpr int kKeysAhead = 4;  // how many pages before they are needed keys are
 // Some pages of the same depths.
 struct Block {
     const uint8_t* slot[kBlock];
-    const SlotMap* map;
+    const SlotMap* map;  // [pages]
     int first, pages;
 };
 
@@ -89,7 +89,7 @@ class Coded {
         const uint8_t* plies[kBlock];
         Ahead ahead[kBlock];
         for (int i = 0; i < b.pages; ++i) {
-            plies[i] = b.slot[i] + b.map->plies[unit];
+            plies[i] = b.slot[i] + b.map[i].plies[unit];
             ahead[i] = {ahead_[i].from, std::min(portion_[i], ahead_[i].bytes)};
             ahead_[i].from += ahead[i].bytes;
             ahead_[i].bytes -= ahead[i].bytes;
@@ -105,7 +105,7 @@ class Coded {
     // The scales of a group of the block, two vectors for each page.
     void read_scales(const Block& b, int unit, V* scales) const {
         for (int i = 0; i < b.pages; ++i) {
-            const uint8_t* codes = b.slot[i] + b.map->codes[unit / 2];
+            const uint8_t* codes = b.slot[i] + b.map[i].codes[unit / 2];
             scales[2 * i] = kv_scales(codes);
             scales[2 * i + 1] = kv_scales(codes + kLanes);
         }

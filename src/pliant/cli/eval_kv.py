@@ -178,8 +178,8 @@ def _show_tasks(answer: dict[str, Any]) -> None:
             ["", "", "", "16", f"{exact['right']:.0%}", f"{exact['likelihood']:.2f}", "", ""]
         )
         for one in answer["kv"]:
-            coded = task["caches"][f"{one['rungs']} as_run"]
-            worst = task["caches"][f"{one['rungs']} all_coded"]
+            coded = task["caches"][f"{one['name']} as_run"]
+            worst = task["caches"][f"{one['name']} all_coded"]
             rows.append(
                 [
                     *("", "", "", f"{one['bits']:.2f}", f"{coded['right']:.0%}"),
@@ -231,7 +231,7 @@ def _plot_tasks(answer: dict[str, Any], right: Any, change: Any) -> None:
     """Bars for each task and length: answers that are right, and changes of log-likelihood."""
     tasks = answer["tasks"]
     caches = [("exact", "exact")]
-    caches += [(f"{one['rungs']} as_run", f"{one['bits']:.2f} bits") for one in answer["kv"]]
+    caches += [(f"{one['name']} as_run", f"{one['bits']:.2f} bits") for one in answer["kv"]]
     wide = 0.8 / len(caches)
     for index, (name, label) in enumerate(caches):
         places = [at + (index - (len(caches) - 1) / 2) * wide for at in range(len(tasks))]

@@ -105,9 +105,8 @@ def _entry(parts: Parts, plan: Plan, wish: Wish, bandwidth: float) -> dict[str, 
     # The largest context at this size: the weights as shallow as the floor of quality allows.
     rungs = plan.rungs if wish.weights is not None else floor_rungs(sizes, wish)
     room = (plan.memory or plan.total) - sum(b for _, b in plan.fixed) - sizes.arena[rungs]
-    level = kv_levels(sizes, wish)[0]
-    room -= sizes.exact_bytes(level, plan.sessions)
-    pages = max(room, 0) // (sizes.page_bytes(level) * plan.sessions)
+    level = plan.kv_level if wish.kv_bits is not None else kv_levels(sizes, wish, plan.context)[0]
+    largest = sizes.kv_context(level, (room - plan.kv_chunk) // plan.sessions)
     base = sum(array_bytes for name, array_bytes in plan.fixed if name == "base")
     return {
         "memory": plan.memory or plan.total,
@@ -122,7 +121,7 @@ def _entry(parts: Parts, plan: Plan, wish: Wish, bandwidth: float) -> dict[str, 
             plan.weights if plan.bits_per_weight is not None else base, bandwidth
         ),
         "context": plan.context,
-        "largest_context": min(pages * sizes.kv_page_tokens, sizes.context),
+        "largest_context": min(largest, sizes.context),
         "sessions": plan.sessions,
     }
 

@@ -95,7 +95,7 @@ def fetch(url: str) -> dict[str, Any]:
 
 def screen(now: dict[str, Any], before: dict[str, Any] | None, width: int) -> str:
     """What is shown of a state; speeds are those since the state before."""
-    budget, pages = now["budget"], now["pages"]
+    budget, kv = now["budget"], now["kv"]
     limit = "no budget" if budget["memory"] is None else f"of {format_size(budget['memory'])}"
     lines = [
         now["model"],
@@ -103,8 +103,8 @@ def screen(now: dict[str, Any], before: dict[str, Any] | None, width: int) -> st
         f"rungs {budget['rungs']} of {budget['rungs_available']}   context {budget['context']}",
         f"resident {format_size(budget['resident'])} {limit}, peak {format_size(budget['peak'])}",
         f"running {now['running']}   waiting {now['waiting']}   on disk {budget['parked']}   "
-        f"KV pages: {pages['used'] - pages['kept']} used, {pages['kept']} kept, "
-        f"{pages['total'] - pages['used']} free",
+        f"KV pages: {kv['pages'] - kv['kept']} used, {kv['kept']} kept; "
+        f"{format_size(max(kv['bytes'] - kv['used'], 0))} free",
         _speed(now, before),
         "",
         *_ledger(budget, width),

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from pliant.engine.park import Park
+from pliant.engine.park import Park, Rungs
 from pliant.engine.prefixes import Prefixes
-from pliant.engine.room import MOST_RUNGS, Entry, Keep, Rank, Room
+from pliant.engine.room import MOST_LEVEL, Entry, Keep, Rank, Room
 from pliant.engine.seam import Executor
 from pliant.errors import EngineError, PackError
 from pliant.memory.plan import PackSizes, Plan
+from pliant.sizes import format_size
 
 __all__ = ["RESUME", "Cache", "CacheFull", "Keep", "ParkedLost", "Rank"]
 
@@ -63,6 +64,8 @@ class Cache(Room):
         super().__init__(executor, sizes, plan, Prefixes(executor.drop_pages, self.park.keep))
         self._state = state
         self._clock = 0
+        self._set_level(plan.kv_level)
+        executor.limit_kv(plan.kv)
 
     # --- sequences
 
@@ -105,20 +108,20 @@ class Cache(Room):
             if entry.rest is not None:
                 entry.rest.cut(full)
         else:
-            if length % self.page_tokens and entry.parked.rungs(length // self.page_tokens):
-                length -= length % self.page_tokens
+            length = self._usable_parked(entry.parked, length)
             del entry.known[length // self.page_tokens :]
         if length == 0:
             entry.close_files()
-            entry.level = MOST_RUNGS
+            entry.level = MOST_LEVEL
         entry.length = length
         return length
 
     def begin(self, sequence: int, keys: Sequence[bytes]) -> int:
-        """Let an empty sequence begin with as many of the pages `keys` as are kept in memory;
-        returns how many. `keys` are those of the state that holds now."""
+        """Let an empty sequence begin with as many of the pages `keys` as are kept in memory and
+        have all rungs that it will see; returns how many. `keys` are those of the state that holds
+        now."""
         entry = self._entries[sequence]
-        entry.keys = list(keys[: self.prefixes.count(keys)])
+        entry.keys = self._usable(keys)
         self._executor.adopt_pages(sequence, self.prefixes.acquire(entry.keys))
         entry.length = len(entry.keys) * self.page_tokens
         entry.state = self._state()
@@ -135,11 +138,17 @@ class Cache(Room):
         at, until = len(entry.keys), time.monotonic() + seconds
         if entry.length != at * tokens:
             return 0
-        extra = self._pages(len(keys) * tokens) - self._held(entry)
-        if extra > 0 and not self._make_room(extra, {sequence}):
+        if not self._make_room({sequence: len(keys) * tokens}):
             return 0
+        most = int(self._sizes.schedule(self.level).seen[0]) if self.level else 0
         try:
-            count = self.park.fetch(sequence, keys[at:], self.level, until)
+            count = self.park.fetch(sequence, keys[at:], most, until)
+            # Pages that lost rungs before they were parked may be of no use yet; those from before
+            # are older now, and need no more.
+            usable = self._executor.kv_usable(self._executor.pages(sequence))
+            if usable < at + count:
+                count = max(usable - at, 0)
+                self._executor.truncate(sequence, (at + count) * tokens)
         finally:
             entry.length = self._executor.length(sequence)
         if count:
@@ -152,7 +161,7 @@ class Cache(Room):
         """Promise room for `tokens` tokens in all, until `release`. False: not now."""
         entry = self._entries[sequence]
         before, entry.promised = entry.promised, max(tokens, entry.length)
-        if self._make_room(0, {sequence}):
+        if self._make_room({sequence: entry.promised}):
             return True
         entry.promised = before
         return False
@@ -216,7 +225,7 @@ class Cache(Room):
         entry = self._entries[sequence]
         if entry.parked is None:
             return self.reserve(sequence, tokens)
-        entry.keys = entry.known[: self.prefixes.count(entry.known)]
+        entry.keys = self._usable(entry.known)
         self._executor.adopt_pages(sequence, self.prefixes.acquire(entry.keys))
         try:
             if self.reserve(sequence, tokens):
@@ -238,7 +247,7 @@ class Cache(Room):
         self._empty(sequence)
 
     def level_of(self, sequence: int) -> int:
-        """The fewest rungs that a coded page of a sequence has, or will have; 0: all is exact."""
+        """The level at which the pages of a sequence are at least as deep; 0: all is exact."""
         return min(self._entries[sequence].level, self.level)
 
     def length(self, sequence: int) -> int:
@@ -264,7 +273,7 @@ class Cache(Room):
 
         EngineError, and no change, if the context or the cache is full; ParkedLost.
         """
-        extra = 0
+        wanted = {}
         for sequence, count in zip(sequences, counts, strict=True):
             entry = self._entries[sequence]
             after = entry.length + count
@@ -273,12 +282,12 @@ class Cache(Room):
                     f"the context is full: it holds {self.context} tokens, and {after} were to be "
                     "in it; a larger budget or context holds more"
                 )
-            extra += self._pages(max(after, entry.promised or 0)) - self._held(entry)
-        if not self._make_room(extra, set(sequences)):
+            if after > (entry.promised or 0):  # what was promised has room
+                wanted[sequence] = after
+        if wanted and not self._make_room(wanted, sequences):
             raise CacheFull(
-                f"the KV cache is full: it holds {self.pages} pages of "
-                f"{self._sizes.kv_page_tokens} tokens for all sessions, and those in use are in "
-                "flight; wait for one, or load with more sessions or a larger budget"
+                f"the KV cache is full: it has {format_size(self.bytes)} for all sessions, and "
+                "those in use are in flight; wait for one, or load with a larger budget"
             )
         self._clock += 1
         for sequence in sequences:
@@ -307,17 +316,10 @@ class Cache(Room):
         idle to disk, then answers are set aside, the largest rank first. EngineError, and the old
         limits but for the level, if a session cannot be written.
         """
-        before = self.pages, self.tail
-        self.pages, self.tail = plan.kv_pages, plan.kv_tail
-        if plan.kv_level != self.level:
-            if plan.kv_level < self.level:
-                self._unshare()
-            self._executor.set_kv_level(plan.kv_level)
-            self.level = plan.kv_level
-            for sequence, entry in self._entries.items():
-                entry.level = min(entry.level, self.park.depth(sequence, self.level))
+        before, self.bytes = self.bytes, plan.kv - plan.kv_chunk
+        self._set_level(plan.kv_level)
         try:
-            while not self._make_room(0, ()):
+            while not self._make_room({}):
                 found = [
                     (entry.rank, sequence)
                     for sequence, entry in self._entries.items()
@@ -325,32 +327,58 @@ class Cache(Room):
                 ]
                 if not found:
                     raise CacheFull(
-                        f"the sessions in flight need more than {self.pages} pages of KV"
+                        f"the sessions in flight need more than {format_size(self.bytes)} of KV"
                     )
                 self.set_aside(max(found)[1])
         except BaseException:
-            self.pages, self.tail = before
+            self.bytes = before
             raise
+        self._executor.limit_kv(plan.kv)
         self.context = plan.context
 
     # --- inside
 
-    def _make_room(self, extra: int, keep: Collection[int]) -> bool:
-        """Give up kept prefixes and park what is idle until `extra` more pages fit; False, and no
-        change, if that is not enough."""
-        most = self.pages - extra
-        if self._taken() <= most:
+    def _set_level(self, level: int) -> None:
+        """From now on pages are coded, and seen, at this level; what is deeper than that goes."""
+        if level == self.level:
+            return
+        if level < self.level:
+            self._unshare()
+        schedule = self._sizes.schedule(level)
+        self._executor.set_kv_ages(schedule.seen.tolist(), schedule.kept.tolist())
+        before, self.level = self.level, level
+        for entry in self._entries.values():
+            if entry.parked is None and entry.length >= self.page_tokens:
+                entry.level = min(entry.level, before, level)
+
+    def _use_of_rungs(self, entry: Entry) -> tuple[Rungs, Rungs]:
+        """The rungs of parked pages that are of use now, and at the level that they are from."""
+        levels = self.level, max(self.level, entry.was)
+        now, ever = (self._rungs(entry.length, level) for level in levels)
+        return now, ever
+
+    def _make_room(self, wanted: Mapping[int, int], keep: Collection[int] = ()) -> bool:
+        """Give up kept prefixes and park what is idle until all in memory has room, and sequences
+        of so many tokens as `wanted` says; False, and no change, if that is not enough."""
+
+        def over() -> int:
+            return self._over(self._in_memory(wanted), self.prefixes.idle_pages())
+
+        if over() <= 0:
             return True
-        if self._needed(keep) > most:
+        if self._over(self._in_flight(wanted, keep)) > 0:
             return False
         idle = [
             (entry.used, sequence)
             for sequence, entry in self._entries.items()
-            if sequence not in keep and entry.promised is None and self._held(entry)
+            if entry.here
+            and entry.promised is None
+            and sequence not in wanted
+            and sequence not in keep
         ]
         idle.sort(reverse=True)
-        while (over := self._taken() - most) > 0:
-            if not self.prefixes.evict(over):
+        while (size := over()) > 0:
+            if not self.prefixes.evict(-(-size // self._sizes.kv_page_bytes)):
                 self._park(idle.pop()[1])
         return True
 
@@ -359,7 +387,7 @@ class Cache(Room):
         session."""
         entry = self._entries[sequence]
         answer = entry.rank is not None
-        size = self._held(entry) * self._sizes.page_bytes(self.level)
+        size = self._sizes.kv_session(self.level, entry.length)
         if answer and self.parked[1] + size > _MOST_PARKED:
             self._empty(sequence)
             return
@@ -376,7 +404,7 @@ class Cache(Room):
                 f"the KV cache of an idle session cannot be written to disk: {error.strerror}; "
                 "TMPDIR may name another folder"
             ) from error
-        entry.rest = None
+        entry.rest, entry.was = None, max(self.level, entry.was if entry.rest else 0)
         self._executor.truncate(sequence, 0)
         self.prefixes.release(entry.keys)
         entry.known, entry.keys = entry.keys, []
@@ -395,7 +423,7 @@ class Cache(Room):
         entry.close_files()
         self._executor.truncate(sequence, 0)
         self.prefixes.release(entry.keys)
-        entry.keys, entry.known, entry.length, entry.level = [], [], 0, MOST_RUNGS
+        entry.keys, entry.known, entry.length, entry.level = [], [], 0, MOST_LEVEL
 
     def _bring_back(self, sequence: int, entry: Entry) -> None:
         parked, entry.first = entry.parked, len(entry.keys)
@@ -410,7 +438,8 @@ class Cache(Room):
         # What an answer of the scheduler says must not depend on whom it gave way to.
         seconds = RESUME if entry.rank is None else math.inf
         try:
-            whole = self.park.restore(sequence, parked, entry.length, self.level, seconds)
+            now, ever = self._use_of_rungs(entry)
+            whole = self.park.restore(sequence, parked, entry.length, now, ever, seconds)
         except (OSError, PackError) as error:
             self._empty(sequence)
             raise ParkedLost(sequence, error) from error
@@ -420,7 +449,7 @@ class Cache(Room):
         else:
             entry.parked, entry.rest = None, parked
             parked.cut(entry.length // self.page_tokens)
-        entry.level = self.park.depth(sequence, self.level)
+        entry.level = self._level_within(sequence)
         if whole and pure:
             self.share(sequence, known)
         else:
@@ -430,9 +459,9 @@ class Cache(Room):
         """Bring back more of a sequence that goes on with a part of what it had."""
         assert entry.rest is not None
         try:
-            done = self.park.deepen(sequence, entry.rest, entry.first, self.level)
+            done = self.park.deepen(sequence, entry.rest, entry.first, *self._use_of_rungs(entry))
         except (OSError, PackError):
             done = True  # it stays as it is, and its answers say so
-        entry.level = self.park.depth(sequence, self.level)
+        entry.level = self._level_within(sequence)
         if done:
             entry.close_files()

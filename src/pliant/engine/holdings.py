@@ -122,6 +122,7 @@ class Holdings:
         self.wish = wish
         self.ledger = Ledger(self._total(wish, self.plan))
         self.weights = Weights(executor, files, sizes, turns)
+        executor.reserve_kv(sizes.pages(sizes.context) * wish.sessions)
         park = Park(executor, folder)
         self.cache = Cache(executor, sizes, self.plan, park, lambda: self.depth.state)
         self.change: Change | None = None
@@ -132,10 +133,8 @@ class Holdings:
         self._turns = turns
         self._moved = moved
         self._settled = (self.plan, wish)
-        self._depth = self.weights.depth, 0, self.weights.depth  # what `depth` was made of last
-        executor.reserve_kv(sizes.pages(sizes.context) * wish.sessions)
-        if self.plan.kv_level:
-            executor.set_kv_level(self.plan.kv_level)
+        # What `depth` was made of last.
+        self._depth = self.weights.depth, (0, 0), self.weights.depth
         for owner, size in self.plan.lines():
             self.ledger.hold(owner, size, touched=0 if owner in _RESERVED else None)
 
@@ -153,13 +152,13 @@ class Holdings:
     @property
     def depth(self) -> Depth:
         """What steps use now, of weights and KV."""
-        weights, level = self.weights.depth, self.cache.level
-        if self._depth[0] is not weights or self._depth[1] != level:
-            self._depth = weights, level, self._depth_at(level)
+        weights, kv = self.weights.depth, (self.cache.level, self.cache.context)
+        if self._depth[0] is not weights or self._depth[1] != kv:
+            self._depth = weights, kv, self._depth_at(self.cache.level)
         return self._depth[2]
 
     def depth_of(self, sequence: int) -> Depth:
-        """What steps of a sequence use, whose pages may have fewer rungs than new ones get."""
+        """What steps of a sequence use, whose pages may be shallower than the level says."""
         level = self.cache.level_of(sequence)
         return self.depth if level == self.cache.level else self._depth_at(level)
 
@@ -167,10 +166,11 @@ class Holdings:
         weights = self.weights.depth
         if not level:
             return weights
-        kl = weights.expected_kl
+        kl, sizes, context = weights.expected_kl, self._sizes, self.cache.context
         if kl is not None:
-            kl = min(kl + self._sizes.kv_divergence(level), MOST_KL)
-        return replace(weights, expected_kl=kl, kv_bits=self._sizes.kv_bits(level), kv_level=level)
+            kl = min(kl + sizes.kv_divergence(level, context), MOST_KL)
+        bits = sizes.kv_bits(level, context)
+        return replace(weights, expected_kl=kl, kv_bits=bits, kv_level=level)
 
     def limits(self, memory: int | None, weights: int | None) -> Wish:
         """The wish with other limits."""
@@ -264,8 +264,8 @@ class Holdings:
         return make_plan(self._sizes, self._fixed, self._needs(wish, Keep.LEAST))
 
     def _needs(self, wish: Wish, keep: Keep) -> Wish:
-        context, pages, tails = self.cache.needs(keep)
-        return replace(wish, least_context=context, least_pages=pages, least_tails=tails)
+        context, held = self.cache.needs(keep)
+        return replace(wish, least_context=context, held=held)
 
     def _meanwhile(self, plan: Plan) -> Plan:
         """The KV limits until the rungs of `plan` are read: no more than before or after."""

@@ -34,11 +34,12 @@ _HELD = 2**29  # bytes of exact logits in memory at once; of longer windows fewe
 
 
 class Caches:
-    """One model twice: with an exact KV cache, and with a coded one of several levels.
+    """One model twice: with an exact KV cache, and with a coded one at several bits.
 
     Tokens are read in two ways: as models run, with the newest page exact, and with every page
     coded, the worst case. Memory: two models of `weights` bytes (None: all rungs). UsageError if
-    the pack does not know how to code KV, or not with so few of `bits` a value, scales included.
+    the pack does not know how to code KV, or not with so few of `bits` a value, scales included:
+    the mean at the end of a text.
     """
 
     def __init__(
@@ -54,28 +55,37 @@ class Caches:
         self._coded = _ready(path, threads, isa, weights, coded=True)
         self.sizes = self._coded.sizes
         self.vocab = self._exact.pack.manifest.model.vocab
-        levels = {kv_levels(self.sizes, Wish(kv_bits=one))[-1] for one in bits}
-        self.levels = sorted(levels, reverse=True)
+        self.bits = sorted(set(bits), reverse=True)
+        for one in self.bits:
+            self._level(one, self.sizes.context)
 
     def exact(self) -> _Reader:
         """A sequence in the exact cache."""
         return _Reader(self._exact, pad=False)
 
-    def coded(self, level: int, way: str) -> _Reader:
-        """A sequence in the coded cache, which no other may be in."""
+    def coded(self, bits: float, way: str, tokens: int) -> _Reader:
+        """A sequence in the coded cache, which no other may be in, and which will have at most so
+        many bits once it has so many tokens."""
         executor: Any = self._coded.executor
-        executor.set_kv_level(level)
+        seen = self.sizes.schedule(self._level(bits, tokens)).seen.tolist()
+        executor.set_kv_ages(seen, seen)
         executor.code_newest(way == "all_coded")
         return _Reader(self._coded, pad=way == "all_coded")
 
-    def figures(self, level: int) -> dict[str, Any]:
-        """What a level is: `bits`, `rungs`, `bytes_per_token`, `expected_kl`."""
+    def figures(self, bits: float, tokens: int) -> dict[str, Any]:
+        """What the cache has after so many tokens: `name`, `bits`, `bytes_per_token`, and the
+        `expected_kl` there."""
+        sizes, level = self.sizes, self._level(bits, tokens)
+        found = sizes.kv_bits(level, tokens)
         return {
-            "bits": self.sizes.kv_bits(level),
-            "rungs": level,
-            "bytes_per_token": self.sizes.page_bytes(level) // self.sizes.kv_page_tokens,
-            "expected_kl": self.sizes.kv_divergence(level),
+            "name": f"{bits:g}",
+            "bits": found,
+            "bytes_per_token": round(found * sizes.kv_page_bytes / sizes.kv_page_tokens / 16),
+            "expected_kl": sizes.kv_divergence(level, tokens),
         }
+
+    def _level(self, bits: float, tokens: int) -> int:
+        return kv_levels(self.sizes, Wish(kv_bits=bits), tokens)[-1]
 
 
 class _Reader:
@@ -160,11 +170,12 @@ def kv_quality(
     """Compare logits, window after window.
 
     Returns `exact`, what `Divergence.values` gives for the exact cache alone, and `coded`: for each
-    level, falling, `Caches.figures`, and for each of `WAYS` what `Divergence.values` gives and
-    `by_position`: the KL in each quarter of the windows. Of windows whose logits are larger than
-    512 MiB evenly spread pages are compared. Memory: those, besides the caches.
+    of the bits, falling, `Caches.figures`, and for each of `WAYS` what `Divergence.values` gives
+    and `by_position`: the KL in each quarter of the windows. Of windows whose logits are larger
+    than 512 MiB evenly spread pages are compared. Memory: those, besides the caches.
     """
-    ways = [(level, way) for level in caches.levels for way in WAYS]
+    tokens = max(map(len, windows))
+    ways = [(bits, way) for bits in caches.bits for way in WAYS]
     sums = {key: Divergence() for key in ways}
     parts = {key: np.zeros((_QUARTERS, 2)) for key in ways}  # KL and positions
     original = Divergence()
@@ -182,25 +193,25 @@ def kv_quality(
                 original.add(block, ids[start + 1 : start + len(block) + 1])
                 for at in range(0, len(block), page):
                     theirs[start + at] = block[at : at + page]
-        for index, (level, way) in enumerate(ways):
-            sums[level, way].begin_window()
-            with closing(caches.coded(level, way)) as reader:
+        for index, (bits, way) in enumerate(ways):
+            sums[bits, way].begin_window()
+            with closing(caches.coded(bits, way, tokens)) as reader:
                 for begin, rows in reader.feed(ids, wanted):
                     for at in range(0, len(rows), page):
                         start, block = begin + at, rows[at : at + page]
                         following = ids[start + 1 : start + len(block) + 1]
-                        kl = sums[level, way].add(block, following, theirs[start])
+                        kl = sums[bits, way].add(block, following, theirs[start])
                         quarter = (start + np.arange(len(kl))) * _QUARTERS // len(ids)
-                        np.add.at(parts[level, way], quarter, np.stack([kl, np.ones_like(kl)], 1))
+                        np.add.at(parts[bits, way], quarter, np.stack([kl, np.ones_like(kl)], 1))
             progress((number + (index + 1) / len(ways)) / len(windows))
     coded = []
-    for level in caches.levels:
-        found = caches.figures(level)
+    for bits in caches.bits:
+        found = caches.figures(bits, tokens)
         for way in WAYS:
             quarters = [
-                float(total / count) if count else None for total, count in parts[level, way]
+                float(total / count) if count else None for total, count in parts[bits, way]
             ]
-            found[way] = {**sums[level, way].values(), "by_position": quarters}
+            found[way] = {**sums[bits, way].values(), "by_position": quarters}
         coded.append(found)
     return {"exact": original.values(), "coded": coded}
 
@@ -216,17 +227,17 @@ def kv_recall(
 
     Returns `answers`: for each answer `task`, `length`, `sample`, `depth` (where in the context its
     first fact is, from 0 to 1), `alone` (its log-likelihood after `begin` and the branch, without
-    the context) and `caches`: from `exact`, and for each level and way `LEVEL WAY`, to its `Score`
+    the context) and `caches`: from `exact`, and for each of the bits `NAME WAY`, to its `Score`
     as a dictionary; and `tasks`, what `summarise` makes of them.
     """
-    names = [(f"{level} {way}", level, way) for level in caches.levels for way in WAYS]
+    names = [(f"{bits:g} {way}", bits, way) for bits in caches.bits for way in WAYS]
     answers: list[dict[str, Any]] = []
     whole = sum(len(sample.context) for sample in samples) * (len(names) + 1)
     done = 0
     for sample in samples:
         found: dict[str, list[list[Score]]] = {}
-        for name, level, way in [("exact", 0, ""), *names]:
-            reader = caches.coded(level, way) if level else caches.exact()
+        for name, bits, way in [("exact", 0.0, ""), *names]:
+            reader = caches.coded(bits, way, sample.length) if bits else caches.exact()
             with closing(reader):
                 found[name] = reader.answers(sample)
             done += len(sample.context)

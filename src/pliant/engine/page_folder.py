@@ -69,9 +69,9 @@ class PageFolder:
         except OSError:
             return False
 
-    def read(self, key: bytes, rungs: int) -> Page | None:
-        """The bytes of a page with so many rungs, as it is stored; None if it is not there, or not
-        as it must be."""
+    def read(self, key: bytes, most: int) -> tuple[int, Page] | None:
+        """The rungs of a page, at most so many, and its bytes as it is stored with them; None if it
+        is not there, or not as it must be."""
         path = self._path(key)
         try:
             file = os.open(path, _READ)
@@ -87,9 +87,9 @@ class PageFolder:
             page = ParkedPage(file, 0, Label(self._origin, key), self._stored)
             if page.bytes != status.st_size:
                 raise FormatError(f"it has {status.st_size} bytes, and its page {page.bytes}")
-            if page.rungs != rungs:
-                raise FormatError(f"it has {page.rungs} rungs, and {rungs} are due")
-            return page.read()
+            if (page.rungs == 0) != (most == 0):
+                raise FormatError(f"it has {page.rungs} rungs, and up to {most} are due")
+            return min(page.rungs, most), page.read(most)
         except (OSError, PackError) as error:
             self._reject(path, error, remove=isinstance(error, PackError))
             return None
@@ -120,10 +120,13 @@ class PageFolder:
         self.bytes += size
         return True
 
-    def touch(self, key: bytes, used: int) -> bool:
-        """A page was used at `used`; False if it is not there."""
+    def touch(self, key: bytes, used: int, rungs: int = 0) -> bool:
+        """A page was used at `used`; False if it is not there, or has fewer rungs than that."""
+        path = self._path(key)
         try:
-            os.utime(self._path(key), ns=(used, used), follow_symlinks=False)
+            if rungs and path.lstat().st_size < header_bytes(rungs) + self._stored[rungs]:
+                return False
+            os.utime(path, ns=(used, used), follow_symlinks=False)
         except OSError:
             return False
         return True

@@ -27,6 +27,10 @@ DEEPEN = 0.01
 """Seconds of a step in which more of such a session is read; a page is in any case."""
 
 
+Rungs = Callable[[int], int]
+"""How many rungs of a page, by its number in the sequence."""
+
+
 class Park:
     """Takes pages of an executor to disk and back. Everything is called with the turn taken.
 
@@ -98,57 +102,72 @@ class Park:
         return parked
 
     def restore(
-        self, sequence: int, parked: Parked, length: int, level: int, seconds: float = math.inf
+        self,
+        sequence: int,
+        parked: Parked,
+        length: int,
+        now: Rungs,
+        ever: Rungs,
+        seconds: float = math.inf,
     ) -> bool:
-        """Append pages to a sequence until it has `length` tokens; where the level has fallen since
-        they were written, no more of them is read. OSError, PackError.
+        """Append pages to a sequence until it has `length` tokens, each with the rungs that are of
+        use `now`. OSError, PackError.
 
-        Returns whether that is all of them. Pages that are coded come with fewer rungs if reading
-        all of these takes longer than `seconds`.
+        Returns whether nothing is left to read that is `ever` of use. Pages that are coded come
+        with fewer rungs if reading all of these takes longer than `seconds`.
         """
         start = self._clock()
         first, count = len(self._executor.pages(sequence)), -(-length // self._tokens)
-        most = self._affordable(parked, range(first, count), level, seconds)
+        top = max(map(now, range(first, count)), default=0)
+        most = self._affordable(parked, range(first, count), now, top, seconds)
         whole = True
         for number in range(first, count):
             begin = self._clock()
             page = parked.page(number)
             tokens = min(page.tokens, length - number * self._tokens)
-            rungs = min(page.rungs, most)
+            rungs = min(page.rungs, now(number), most)
             data = page.read(rungs)
             self._executor.put_page(sequence, tokens, data, rungs)
             self.rates.read.add(len(data), self._clock() - begin)
-            whole = whole and rungs == page.rungs
+            whole = whole and rungs >= min(page.rungs, ever(number))
         left = start + seconds - self._clock()
-        if most < level and left > 0:  # it was faster than expected
-            return self.deepen(sequence, parked, first, level, left)
+        if most < top and left > 0:  # it was faster than expected
+            return self.deepen(sequence, parked, first, now, ever, left)
         return whole
 
-    def _affordable(self, parked: Parked, pages: range, level: int, seconds: float) -> int:
-        """How many rungs of pages can be read in so many seconds; at least one of coded ones."""
+    def _affordable(
+        self, parked: Parked, pages: range, now: Rungs, top: int, seconds: float
+    ) -> int:
+        """How many of up to `top` rungs of pages can be read in so many seconds; at least one, if
+        they are coded."""
         rate = self.rates.read.value
         if rate is None:
-            return level
-        for most in range(level, 1, -1):
-            size = sum(self._stored[min(parked.rungs(number), most)] for number in pages)
-            if size <= rate * seconds:
+            return top
+        wanted = [min(parked.rungs(number), now(number)) for number in pages]
+        for most in range(top, 1, -1):
+            if sum(self._stored[min(rungs, most)] for rungs in wanted) <= rate * seconds:
                 return most
-        return min(level, 1)
+        return min(top, 1)
 
     def deepen(
-        self, sequence: int, rest: Parked, first: int, level: int, seconds: float = DEEPEN
+        self,
+        sequence: int,
+        rest: Parked,
+        first: int,
+        now: Rungs,
+        ever: Rungs,
+        seconds: float = DEEPEN,
     ) -> bool:
         """For so long, and one page in any case, read on in pages that came with fewer rungs, from
-        page `first` of the sequence on, up to the level. Returns whether nothing is left to read at
-        any level. OSError, PackError.
-        """
+        page `first` of the sequence on. Returns as `restore`. OSError, PackError."""
         pages = self._executor.pages(sequence)[: len(rest)]
         have, until = self._executor.page_rungs(pages), self._clock() + seconds
+        due = {number: min(rest.rungs(number), now(number)) for number in range(first, len(pages))}
         wanted = [
             (rung, number)
-            for rung in range(2, level + 1)
-            for number in range(first, len(pages))
-            if have[number] < rung <= rest.rungs(number)
+            for rung in range(2, max(due.values(), default=0) + 1)
+            for number in due
+            if have[number] < rung <= due[number]
         ]
         for rung, number in wanted:
             begin = self._clock()
@@ -159,12 +178,7 @@ class Park:
             self.rates.read.add(len(data), end - begin)
             if end >= until:
                 break
-        return all(have[number] == rest.rungs(number) for number in range(first, len(pages)))
-
-    def depth(self, sequence: int, level: int) -> int:
-        """The fewest rungs that a full page of a sequence has; the level without one."""
-        rungs = self._executor.page_rungs(self._executor.pages(sequence))
-        return min((one for one in rungs if one), default=level)
+        return all(have[number] >= min(rest.rungs(number), ever(number)) for number in due)
 
     # --- beginnings
 
@@ -175,27 +189,30 @@ class Park:
             kept = False
             if self.folder is not None and self._clock() < self._until:
                 when = used - 1000 * number
-                kept = self.folder.touch(key, when)
+                rungs = self._executor.page_rungs([page])[0]
+                kept = self.folder.touch(key, when, rungs)
                 if not kept:
                     kept = self.folder.write(key, *self._take(page), when)
             self.kept += kept
             self.lost += not kept
 
-    def fetch(self, sequence: int, keys: Sequence[bytes], level: int, until: float) -> int:
+    def fetch(self, sequence: int, keys: Sequence[bytes], most: int, until: float) -> int:
         """Append the pages `keys` to a sequence that ends with a full one, as far as they are in
-        the folder and reading is faster; ends at `until`. Returns how many."""
-        folder, count, size = self.folder, 0, self._stored[level]
+        the folder and reading is faster, with at most so many rungs; ends at `until`. Returns how
+        many."""
+        folder, count, size = self.folder, 0, self._stored[most]
         if folder is None:
             return 0
         while count < len(keys) and self._clock() < until:
             if not folder.has(keys[count]) or not self.rates.choose(size, self._tokens):
                 break
             begin = self._clock()
-            data = folder.read(keys[count], level)
-            if data is None:
+            found = folder.read(keys[count], most)
+            if found is None:
                 break
-            self._executor.put_page(sequence, self._tokens, data, level)
-            self.rates.read.add(size, self._clock() - begin)
+            rungs, data = found
+            self._executor.put_page(sequence, self._tokens, data, rungs)
+            self.rates.read.add(len(data), self._clock() - begin)
             count += 1
         return count
 

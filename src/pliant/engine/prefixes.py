@@ -96,12 +96,16 @@ class Prefixes:
         return [self._entries[key].page for key in keys]
 
     def insert(self, key: bytes, page: int) -> bool:
-        """Keep a page that the caller uses and has held for it. False if there is one already,
-        which the caller uses from now on instead of having its own kept."""
+        """Keep a page that the caller uses and has held for it. False if there is one already that
+        is used, by the caller too from now on, instead of having its own kept; one that is idle may
+        be shallower, and goes."""
         entry = self._entries.get(key)
-        if entry is not None:
+        if entry is not None and entry.users:
             self.acquire([key])
             return False
+        if entry is not None:
+            del self._idle[key]
+            self._drop([entry.page])
         self._entries[key] = _Entry(page)
         return True
 
@@ -112,6 +116,10 @@ class Prefixes:
             entry.users -= 1
             if not entry.users:
                 self._idle[key] = entry
+
+    def idle_pages(self) -> list[int]:
+        """The numbers of the pages that no answer uses."""
+        return [entry.page for entry in self._idle.values()]
 
     def evict(self, pages: int) -> int:
         """Give back up to `pages` idle pages; returns how many."""

@@ -1,25 +1,27 @@
-"""Who has how many pages of the KV cache, who was promised some, and what all of them need.
+"""Who has which pages of the KV cache, who was promised some, and what all of them need.
 
 Only numbers: nothing is changed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 
 from pliant.engine.parking import Parked
 from pliant.engine.prefixes import Prefixes
 from pliant.engine.seam import Executor
+from pliant.memory.kv_ages import Ages, fresh
 from pliant.memory.plan import PackSizes, Plan
 
-__all__ = ["MOST_RUNGS", "Entry", "Keep", "Rank", "Room"]
+__all__ = ["MOST_LEVEL", "Entry", "Keep", "Rank", "Room"]
 
 Rank = tuple[int, int]
 """Which answers give way first: those with the largest."""
 
-MOST_RUNGS = 2**16
-"""More than any page has."""
+MOST_LEVEL = 2**16
+"""Above any level."""
 
 
 class Keep(Enum):
@@ -35,7 +37,7 @@ class Entry:
 
     __slots__ = (
         *("claim", "first", "keys", "known", "length", "level", "parked", "promised", "rank"),
-        *("rest", "state", "used"),
+        *("rest", "state", "used", "was"),
     )
 
     def __init__(self) -> None:
@@ -46,12 +48,18 @@ class Entry:
         self.first = 0
         self.used = 0
         self.state = -1  # in which all of it was computed; -1: there is none
-        self.level = MOST_RUNGS  # its pages have at least so many rungs, if the cache has
+        self.level = MOST_LEVEL  # its pages are as deep as at this level, if that of the cache is
+        self.was = 0  # the level at which it was parked
         self.keys: list[bytes] = []  # its first pages, which others may use too
         self.known: list[bytes] = []  # the same while it is parked, when they may have gone
         # Of an answer:
         self.rank: Rank | None = None  # None: a session
         self.claim = 0  # tokens that it may have in the end
+
+    @property
+    def here(self) -> bool:
+        """Whether it takes memory, or was promised some."""
+        return self.promised is not None or (self.parked is None and self.length > 0)
 
     def close_files(self) -> None:
         """Delete what is on disk."""
@@ -61,21 +69,26 @@ class Entry:
         self.parked = self.rest = None
 
 
+def _tokens(entry: Entry) -> int:
+    """Tokens that an entry has, or was promised."""
+    return max(entry.length, entry.promised or 0)
+
+
 class Room:
     """The sequences of one executor, and the limits that they share.
 
-    context, pages: the most tokens of one sequence, and the most pages of all, as planned. If full
-    pages are coded, these are pages of the `level` that holds now, and the newest page of a
-    sequence, which is exact, counts as `tail` more.
+    context, bytes: the most tokens of one sequence, and the most bytes of all, as planned; what
+    pages take is counted at the end of what was promised, where they are oldest. The core itself
+    gives up what they have beyond that when it comes to the limit. level: of coded pages, 0 if all
+    are exact.
     """
 
     def __init__(
         self, executor: Executor, sizes: PackSizes, plan: Plan, prefixes: Prefixes
     ) -> None:
         self.context = plan.context
-        self.pages = plan.kv_pages
-        self.tail = plan.kv_tail
-        self.level = plan.kv_level
+        self.bytes = plan.kv - plan.kv_chunk
+        self.level = 0
         self.page_tokens = sizes.kv_page_tokens
         self.prefixes = prefixes
         self._executor = executor
@@ -86,6 +99,11 @@ class Room:
     def used(self) -> int:
         """Pages in memory, those that are kept for reuse included."""
         return self._executor.kv_pages_used
+
+    @property
+    def used_bytes(self) -> int:
+        """What these take."""
+        return self._executor.kv_used_bytes
 
     @property
     def parked(self) -> tuple[int, int]:
@@ -99,76 +117,96 @@ class Room:
         """How many sessions and answers have a promise."""
         return sum(entry.promised is not None for entry in list(self._entries.values()))
 
-    def needs(self, keep: Keep) -> tuple[int, int, int]:
-        """The most tokens of one sequence, and the pages and the sequences of all, that a plan must
-        leave; here pages are those that tokens are in, exact or not."""
-        context = promised = largest = 0
-        sessions, answers, idle = 0, 0, 0
-        for entry in list(self._entries.values()):  # also asked for without the turn
-            tokens = max(entry.length, entry.promised or 0, entry.claim)
-            flies = entry.promised is not None
-            answers += entry.rank is not None and flies
-            if entry.rank is not None:
-                largest = max(largest, self._sizes.pages(tokens))
-            elif flies:
-                promised += self._sizes.pages(max(entry.length, entry.promised or 0))
-                sessions += 1
-            if not flies and entry.parked is None and entry.length:
-                idle += 1
-            if (
-                entry.rank is None
-                and not flies
-                and (keep is not Keep.SESSIONS or entry.parked is not None)
-            ):
-                continue
-            context = max(context, tokens)
-        least, tails = promised + largest, sessions + (largest > 0)
-        if keep is Keep.LEAST:
-            return context, least, tails
+    def needs(self, keep: Keep) -> tuple[int, tuple[Ages, ...]]:
+        """The most tokens of one sequence, and what a plan must leave: each of these alone."""
+        entries = list(self._entries.values())  # also asked for without the turn
+        answers = [entry for entry in entries if entry.rank is not None]
+        sessions = [entry for entry in entries if entry.rank is None and entry.promised is not None]
+        least = Ages()
+        for entry in sessions:
+            least += fresh(_tokens(entry), self.page_tokens)
+        largest = max((max(_tokens(entry), entry.claim) for entry in answers), default=0)
+        least += fresh(largest, self.page_tokens)
+        counted = answers + sessions
         if keep is Keep.SESSIONS:
-            count = sessions + answers + idle
-            taken = self._taken() - self.prefixes.idle - count * self.tail
-        else:
-            count = sessions + answers
-            taken = self._needed(()) - count * self.tail
-        return context, max(taken, least), max(count, tails)
+            counted += [entry for entry in entries if entry.here]
+        context = max((max(_tokens(entry), entry.claim) for entry in counted), default=0)
+        if keep is Keep.LEAST:
+            return context, (least,)
+        kept = self._in_memory({}) if keep is Keep.SESSIONS else self._in_flight({})
+        return context, (least, self._ages(kept))
 
     # --- inside
 
-    def _pages(self, tokens: int) -> int:
-        """Pages that count for `tokens` tokens of a sequence."""
-        return self._sizes.pages(tokens) + (self.tail if tokens else 0)
+    def _in_memory(self, wanted: Mapping[int, int]) -> dict[int, int]:
+        """The tokens that sequences have or were promised, without those on disk; those of `wanted`
+        have as many as it says, at least."""
+        return {
+            sequence: max(_tokens(entry), wanted.get(sequence, 0))
+            for sequence, entry in self._entries.items()
+            if entry.here or sequence in wanted
+        }
 
-    def _held(self, entry: Entry) -> int:
-        """Pages that count for an entry."""
-        if entry.promised is not None:
-            return self._pages(max(entry.length, entry.promised))
-        return 0 if entry.parked is not None else self._pages(entry.length)
+    def _in_flight(self, wanted: Mapping[int, int], keep: Collection[int] = ()) -> dict[int, int]:
+        """The same of those that were promised something, or are in `wanted` or `keep`."""
+        return {
+            sequence: tokens
+            for sequence, tokens in self._in_memory(wanted).items()
+            if self._entries[sequence].promised is not None
+            or sequence in wanted
+            or sequence in keep
+        }
 
-    def _taken(self) -> int:
-        """Pages in memory, each once, and those that were promised and are not there yet."""
-        taken = self._executor.kv_pages_used
-        for entry in list(self._entries.values()):
-            taken += self._to_come(entry) + self._own_tail(entry)
-        return taken
+    def _ages(self, tokens: Mapping[int, int]) -> Ages:
+        """Of sequences with so many tokens each."""
+        full, partial = self._executor.kv_ages(list(tokens), list(tokens.values()))
+        return Ages(tuple(full), partial, sum(map(bool, tokens.values())))
 
-    def _own_tail(self, entry: Entry) -> int:
-        return self.tail if entry.length and entry.parked is None else 0
+    def _over(self, tokens: Mapping[int, int], kept: Sequence[int] = ()) -> int:
+        """Bytes that sequences with so many tokens each, and the pages `kept`, have too many. There
+        are also no more pages than for the longest context of each session that was planned."""
+        ages = self._ages(tokens)
+        taken = self._sizes.kv_bytes(self.level, ages) + self._executor.kv_bytes(list(kept))
+        pages = sum(ages.full) + ages.partial + len(kept) - self._executor.kv_pages_total
+        return max(taken - self.bytes, pages * self._sizes.kv_page_bytes)
 
-    def _to_come(self, entry: Entry) -> int:
-        """Pages that were promised to an entry and are not there yet."""
-        if entry.promised is None:
+    def _rungs(self, length: int, level: int) -> Callable[[int], int]:
+        """How many rungs pages of a sequence of so many tokens keep, by their number."""
+        if not level:
+            return lambda number: 0
+        kept, newest = self._sizes.schedule(level).kept, length // self.page_tokens
+        return lambda number: int(kept[newest - number if number else 0])
+
+    def _usable(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those of the pages `keys` that are kept and that a sequence can begin with."""
+        known = list(keys[: self.prefixes.count(keys)])
+        return known[: self._executor.kv_usable(self.prefixes.pages(known))]
+
+    def _usable_parked(self, parked: Parked, length: int) -> int:
+        """As the core's `truncate`, of what is on disk: how many of so many tokens are left."""
+        full = length // self.page_tokens
+        if length % self.page_tokens and parked.rungs(full):
+            length = full * self.page_tokens
+        rungs = [parked.rungs(number) for number in range(full)]
+        while self.level and not self._deep(rungs[:full], full, self.level):
+            full -= 1
+            length = full * self.page_tokens
+        return length
+
+    def _level_within(self, sequence: int) -> int:
+        """The highest level, up to that which holds, whose rungs all pages of a sequence have."""
+        if not self.level:
             return 0
-        there = len(entry.keys) if entry.parked is not None else self._pages(entry.length)
-        return self._held(entry) - there
+        rungs = self._executor.page_rungs(self._executor.pages(sequence))
+        newest = self._executor.length(sequence) // self.page_tokens
+        levels = range(self._sizes.kv_levels[0], self.level + 1)
+        at = bisect_left(levels, x=True, key=lambda level: not self._deep(rungs, newest, level))
+        return levels[max(at - 1, 0)]
 
-    def _needed(self, keep: Collection[int]) -> int:
-        """What `_taken` would be with nothing kept for reuse, and with everything idle on disk that
-        is not among `keep`."""
-        pages, others = set[int](), 0
-        for sequence, entry in self._entries.items():
-            if sequence in keep or entry.promised is not None:
-                pages.update(self._executor.pages(sequence))
-                pages.update(self.prefixes.pages(entry.keys))
-                others += self._to_come(entry) + self._own_tail(entry)
-        return len(pages) + others
+    def _deep(self, rungs: Sequence[int], newest: int, level: int) -> bool:
+        """Whether pages have what is seen of them from page `newest` on; 0 rungs: exact."""
+        seen = self._sizes.schedule(level).seen
+        return all(
+            not have or have >= seen[newest - number if number else 0]
+            for number, have in enumerate(rungs)
+        )

@@ -33,12 +33,14 @@ MOST_TOKENS = 2**20
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What goes on now. Pages are of the KV cache; `kept` are those of finished answers."""
+    """What goes on now. `kv` are the bytes of the KV cache that the budget allows, and `kv_used`
+    those that are taken; `pages` are in memory, `kept` of them those of finished answers."""
 
     waiting: int
     running: int
+    kv: int
+    kv_used: int
     pages: int
-    used: int
     kept: int
     counters: Counters
 
@@ -149,7 +151,8 @@ class Scheduler:
         return State(
             waiting,
             len(self._work.running),
-            cache.pages,
+            cache.bytes,
+            cache.used_bytes,
             cache.used,
             cache.prefixes.idle,
             self.counters,

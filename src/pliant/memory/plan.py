@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pliant.errors import BudgetError, UsageError
+from pliant.memory.kv_ages import (
+    LEVELS_PER_BIT,
+    SLOPE,
+    Ages,
+    Schedule,
+    least_rungs,
+    make_schedule,
+)
 from pliant.memory.ledger import sum_lines
 from pliant.sizes import MIB, format_mb, format_size
 
@@ -60,8 +70,9 @@ class PackSizes:
     has points of (weights, KL), `context` is the longest that the model was made for.
 
     A KV page takes `kv_page_bytes` as long as it is exact. If full pages are coded, `kv_rungs[r]`
-    is what one takes with r rungs, `kv_quality[r - 1]` the KL that this is expected to cost, and
-    `kv_chunk` the exact pages that a chunk of a prompt may fill at once; else they are empty.
+    is what one takes with r rungs, `kv_quality[r - 1]` the KL that this is expected to cost where
+    all have so many, and `kv_chunk` the exact pages that a chunk of a prompt may fill at once; else
+    they are empty. How many rungs a page has depends on its age and on the level; level 0 is exact.
     """
 
     weights: Sequence[int]
@@ -84,37 +95,55 @@ class PackSizes:
         """KV pages that hold `context` tokens of one session."""
         return -(-context // self.kv_page_tokens)
 
-    def kv(self, context: int, sessions: int) -> int:
-        """Bytes of exact KV for `sessions` sessions of `context` tokens each."""
-        return self.pages(context) * sessions * self.kv_page_bytes
-
     @property
     def kv_levels(self) -> range:
-        """The numbers of rungs that coded pages can have; 0 alone if pages are exact."""
-        return range(1, len(self.kv_rungs)) if self.kv_rungs else range(1)
+        """The levels that pages can have; 0 alone if they are exact."""
+        if not self.kv_rungs:
+            return range(1)
+        bits = [16 * size / self.kv_page_bytes for size in self.kv_rungs]
+        ages = SLOPE * math.log2(max(self.pages(self.context), 1))
+        least = math.ceil(LEVELS_PER_BIT * bits[least_rungs(bits)])
+        return range(least, math.ceil(LEVELS_PER_BIT * (bits[-1] + ages)) + 1)
 
-    def page_bytes(self, level: int) -> int:
-        """Bytes of a full page with `level` rungs; 0: exact."""
-        return self.kv_rungs[level] if level else self.kv_page_bytes
+    def schedule(self, level: int) -> Schedule:
+        """The rungs of coded pages by age."""
+        ages = self.pages(self.context) + 1
+        return make_schedule(level, tuple(self.kv_rungs), self.kv_page_bytes, ages)
 
-    def kv_bits(self, level: int) -> float:
-        """Bits per value of a full page, scales included."""
-        return 16 * self.page_bytes(level) / self.kv_page_bytes
+    def kv_bytes(self, level: int, ages: Ages) -> int:
+        """Bytes of some sequences. Where pages are coded, each has one more, which is exact."""
+        if not level:
+            return (sum(ages.full) + ages.partial) * self.kv_page_bytes
+        return self.schedule(level).bytes(ages.full) + ages.sequences * self.kv_page_bytes
 
-    def tail(self, level: int) -> int:
-        """What the newest page of a sequence, which is exact, takes beyond a coded one, in pages
-        of that level."""
-        return -(-self.kv_page_bytes // self.page_bytes(level)) - 1 if level else 0
+    def kv_session(self, level: int, tokens: int) -> int:
+        """Bytes of one session of so many tokens."""
+        if not level:
+            return self.pages(tokens) * self.kv_page_bytes
+        exact = self.kv_page_bytes if tokens else 0
+        return self.schedule(level).total(tokens // self.kv_page_tokens) + exact
 
-    def exact_bytes(self, level: int, sequences: int) -> int:
-        """Bytes of exact pages beside coded ones: the newest of each sequence, and those that a
-        chunk fills. None where all are exact."""
-        tails = sequences * self.tail(level) * self.page_bytes(level)
-        return tails + self.kv_chunk * self.kv_page_bytes
+    def kv_context(self, level: int, size: int) -> int:
+        """Tokens of one session that fit into `size` bytes, in whole pages."""
+        if level:
+            pages = self.schedule(level).pages_within(size - self.kv_page_bytes)
+        else:
+            pages = size // self.kv_page_bytes
+        return max(pages, 0) * self.kv_page_tokens
 
-    def kv_divergence(self, level: int) -> float:
-        """The KL that coded pages are expected to cost, all of them being coded."""
-        return self.kv_quality[level - 1] if level else 0.0
+    def kv_bits(self, level: int, context: int) -> float:
+        """Mean bits per value, scales included, of the full pages of so many tokens."""
+        if not level:
+            return 16.0
+        full = max(min(context, self.context) // self.kv_page_tokens, 1)
+        return 16 * self.schedule(level).total(full) / (full * self.kv_page_bytes)
+
+    def kv_divergence(self, level: int, context: int) -> float:
+        """The KL that coded pages are expected to cost at the end of a context."""
+        if not level:
+            return 0.0
+        quality = np.asarray(self.kv_quality, np.float64)
+        return self.schedule(level).divergence(context // self.kv_page_tokens, quality)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,9 +152,9 @@ class Wish:
 
     `memory`: bytes of the whole process. `weights`: bytes of plies and scales. `context`: tokens of
     each of `sessions`. `min_bits`, `max_kl`: the floor of quality. `kv_bits`, `kv_floor`: the most
-    and the fewest bits of a value in coded pages. `least_context`, `least_pages`, `least_tails`:
-    the most tokens of one session, and the KV pages and the sequences of all that are promised
-    already, which the plan must not take away.
+    and the fewest mean bits of a value in coded pages. `least_context`, `held`: the most tokens of
+    one session, and the KV that is promised already, which the plan must not take away; each of
+    `held` alone.
     """
 
     memory: int | None = None
@@ -137,8 +166,7 @@ class Wish:
     kv_bits: float | None = None
     kv_floor: float | None = None
     least_context: int = 0
-    least_pages: int = 0
-    least_tails: int = 0
+    held: tuple[Ages, ...] = ()
 
     def __post_init__(self) -> None:
         if self.sessions < 1:
@@ -158,9 +186,9 @@ class Wish:
 class Plan:
     """What is held. `fixed` are the parts that no plan can change, name and bytes.
 
-    `kv_level`: rungs of coded KV pages, 0 if they are exact; `kv_bits`: bits per value that they
-    have. `kv_pages` counts pages of that level, and `kv_tail` how many of them the newest page of a
-    sequence is worth besides its own.
+    `kv`: bytes of the KV of all sessions, `kv_chunk` of them for pages that a chunk of a prompt
+    fills; `kv_level`: the level of coded pages, 0 if they are exact; `kv_bits`: the mean bits per
+    value in a full context; `kv_kl`: the KL that they are expected to cost there.
     """
 
     memory: int | None
@@ -169,11 +197,11 @@ class Plan:
     arena: int
     context: int
     sessions: int
-    kv_pages: int
     kv: int
+    kv_chunk: int
     kv_level: int
     kv_bits: float
-    kv_tail: int
+    kv_kl: float
     fixed: tuple[tuple[str, int], ...]
     bits_per_weight: float | None
     expected_kl: float | None
@@ -193,6 +221,10 @@ def bits_per_weight(weights: int, coded: int) -> float | None:
     return 8 * weights / coded if coded else None
 
 
+def _size(point: tuple[int, float]) -> int:
+    return point[0]
+
+
 def expected_kl(quality: Sequence[tuple[int, float]], weights: int) -> float | None:
     """Mean KL divergence to the source, in nats, at `weights` bytes of plies and scales.
 
@@ -201,11 +233,12 @@ def expected_kl(quality: Sequence[tuple[int, float]], weights: int) -> float | N
     """
     if not quality:
         return None
-    points = [(size, math.log(max(kl, 1e-9))) for size, kl in quality]
-    if len(points) == 1:
-        return math.exp(points[0][1])
-    at = min(max(bisect_right([size for size, _ in points], weights), 1), len(points) - 1)
-    (left, low), (right, high) = points[at - 1], points[at]
+    if len(quality) == 1:
+        return quality[0][1]
+    at = min(max(bisect_right(quality, weights, key=_size), 1), len(quality) - 1)
+    (left, low), (right, high) = (
+        (x, math.log(max(kl, 1e-9))) for x, kl in quality[at - 1 : at + 1]
+    )
     value = low + (high - low) * (weights - left) / (right - left)
     return min(math.exp(min(value, 10.0)), MOST_KL)
 
@@ -275,27 +308,26 @@ def smallest(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) -
     rungs = floor_rungs(sizes, wish)
     if wish.weights is not None:
         rungs = _fixed_rungs(sizes, wish, rungs)
-    return _plan(sizes, fixed, wish, rungs, least_context(sizes, wish), kv_levels(sizes, wish)[0])
+    context = least_context(sizes, wish)
+    return _plan(sizes, fixed, wish, rungs, context, kv_levels(sizes, wish, context)[0])
 
 
-def kv_levels(sizes: PackSizes, wish: Wish) -> list[int]:
-    """How many rungs coded pages may have, rising; [0] if pages are exact. UsageError if none."""
+def kv_levels(sizes: PackSizes, wish: Wish, context: int) -> list[int]:
+    """The levels with which a full context has the wished bits, rising; [0] if pages are exact. Of
+    a stated number of bits, the deepest alone. UsageError if there are none."""
     levels = list(sizes.kv_levels)
     if not sizes.kv_rungs:
         return levels
     most = 16.0 if wish.kv_bits is None else wish.kv_bits
-    levels = [level for level in levels if sizes.kv_bits(level) <= most]
-    if wish.kv_bits is not None:
-        levels = levels[-1:]  # the wish is no limit
     floor = 0.0 if wish.kv_floor is None else wish.kv_floor
-    within = [level for level in levels if sizes.kv_bits(level) >= floor]
+    bits = [sizes.kv_bits(level, context) for level in levels]
+    within = [level for level, one in zip(levels, bits, strict=True) if floor <= one <= most]
     if not within:
-        least, top = sizes.kv_bits(1), sizes.kv_bits(len(sizes.kv_rungs) - 1)
         raise UsageError(
-            f"at most {most:g} and at least {floor:g} bits of KV cannot be had: this pack has "
-            f"{least:.2f} to {top:.2f}"
+            f"at most {most:g} and at least {floor:g} bits of KV cannot be had: in a context of "
+            f"{context} tokens this pack has {bits[0]:.2f} to {bits[-1]:.2f}"
         )
-    return within
+    return within if wish.kv_bits is None else within[-1:]
 
 
 def make_plan(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) -> Plan:
@@ -312,25 +344,36 @@ def make_plan(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) 
     than `memory`.
     """
     floor = smallest(sizes, fixed, wish)
-    levels = kv_levels(sizes, wish)
     most_context = sizes.context if wish.context is None else wish.context
     if wish.memory is None:
         rungs = floor.rungs if wish.weights is not None else sizes.rungs
-        return _plan(sizes, fixed, wish, rungs, most_context, levels[-1])
+        level = kv_levels(sizes, wish, most_context)[-1]
+        return _plan(sizes, fixed, wish, rungs, most_context, level)
     if floor.total > wish.memory:
         raise BudgetError(_refusal(sizes, wish, floor))
+    plans = _plans(sizes, fixed, wish, floor.rungs)
+    if wish.kv_bits is not None:
+        return max(plans, key=lambda plan: plan.kv_level, default=floor)
+    if wish.context is not None:
+        return min(plans, key=lambda plan: (plan.expected_kl or 0.0, -plan.kv_level), default=floor)
+    best = floor
+    for best in plans:
+        if best.kv_kl <= KV_DIVERGENCE * (best.expected_kl or 0.0):
+            break
+    return best
+
+
+def _plans(
+    sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish, rungs: int
+) -> Iterator[Plan]:
+    """The best plan of each level that fits and has the wished bits, rising."""
+    assert wish.memory is not None
     room = wish.memory - sum(size for _, size in fixed)
-    plans = [
-        plan
-        for level in levels
-        if (plan := _plan_at(sizes, fixed, wish, level, floor.rungs, room)).total <= wish.memory
-    ]
-    if wish.context is None:
-        for plan in plans:
-            if sizes.kv_divergence(plan.kv_level) <= KV_DIVERGENCE * (plan.expected_kl or 0.0):
-                return plan
-        return plans[-1]
-    return min(plans, key=lambda plan: (plan.expected_kl or 0.0, -plan.kv_level))
+    floor, most = wish.kv_floor or 0.0, 16.0 if wish.kv_bits is None else wish.kv_bits
+    for level in sizes.kv_levels:
+        plan = _plan_at(sizes, fixed, wish, level, rungs, room)
+        if plan.total <= wish.memory and (not level or floor <= plan.kv_bits <= most):
+            yield plan
 
 
 def _plan_at(
@@ -349,9 +392,8 @@ def _plan_at(
         most = _plan(sizes, fixed, wish, rungs, most_context, level)
         for_kv = max(min(room // KV_SHARE, most.kv), least.kv)
         rungs = max(rungs, bisect_right(sizes.arena, room - for_kv) - 1)
-    left = room - sizes.arena[rungs] - sizes.exact_bytes(level, _sequences(wish))
-    pages = max(left, 0) // (sizes.page_bytes(level) * wish.sessions)
-    context = min(pages * sizes.kv_page_tokens, most_context)
+    left = room - sizes.arena[rungs] - _chunk(sizes, level)
+    context = min(sizes.kv_context(level, left // wish.sessions), most_context)
     return _plan(sizes, fixed, wish, rungs, max(context, least_context(sizes, wish)), level)
 
 
@@ -366,9 +408,14 @@ def _fixed_rungs(sizes: PackSizes, wish: Wish, floor: int) -> int:
     return rungs
 
 
-def _sequences(wish: Wish) -> int:
-    """Sequences whose newest page is in memory."""
-    return max(wish.sessions, wish.least_tails)
+def _chunk(sizes: PackSizes, level: int) -> int:
+    """Bytes of the exact pages that a chunk of a prompt fills, where they are coded then."""
+    return sizes.kv_chunk * sizes.kv_page_bytes if level else 0
+
+
+def _held(sizes: PackSizes, wish: Wish, level: int) -> int:
+    """Bytes of the KV that is promised already."""
+    return max((sizes.kv_bytes(level, ages) for ages in wish.held), default=0)
 
 
 def _plan(
@@ -379,25 +426,26 @@ def _plan(
     context: int,
     level: int,
 ) -> Plan:
-    weights = sizes.weights[rungs]
-    pages = max(sizes.pages(context) * wish.sessions, wish.least_pages)
-    exact = sizes.exact_bytes(level, _sequences(wish))
+    weights, chunk = sizes.weights[rungs], _chunk(sizes, level)
+    kv = max(sizes.kv_session(level, context) * wish.sessions, _held(sizes, wish, level))
     kl = expected_kl(sizes.quality, weights) if sizes.coded else None
+    longest = max(context, wish.least_context)
+    kv_kl = sizes.kv_divergence(level, longest)
     return Plan(
         memory=wish.memory,
         rungs=rungs,
         weights=weights,
         arena=sizes.arena[rungs],
-        context=max(context, wish.least_context),
+        context=longest,
         sessions=wish.sessions,
-        kv_pages=pages + _sequences(wish) * sizes.tail(level),
-        kv=pages * sizes.page_bytes(level) + exact,
+        kv=kv + chunk,
+        kv_chunk=chunk,
         kv_level=level,
-        kv_bits=sizes.kv_bits(level),
-        kv_tail=sizes.tail(level),
+        kv_bits=sizes.kv_bits(level, longest),
+        kv_kl=kv_kl,
         fixed=fixed,
         bits_per_weight=bits_per_weight(weights, sizes.coded),
-        expected_kl=kl if kl is None else min(kl + sizes.kv_divergence(level), MOST_KL),
+        expected_kl=kl if kl is None else min(kl + kv_kl, MOST_KL),
     )
 
 
@@ -406,9 +454,10 @@ def _refusal(sizes: PackSizes, wish: Wish, floor: Plan) -> str:
     rungs = "1 rung" if floor.rungs == 1 else f"{floor.rungs} rungs"
     parts = [*floor.fixed, (f"weights, {rungs}", floor.arena)]
     other = "" if wish.context is None else ", or ask for less context"
-    pages = sizes.pages(least_context(sizes, wish)) * floor.sessions
-    if wish.least_pages >= pages:
-        kv = f"kv, {wish.least_pages * sizes.kv_page_tokens} tokens in use or promised"
+    asked = sizes.kv_session(floor.kv_level, least_context(sizes, wish)) * floor.sessions
+    if wish.held and _held(sizes, wish, floor.kv_level) >= asked:
+        most = max(sum(ages.full) + ages.partial for ages in wish.held)
+        kv = f"kv, {most * sizes.kv_page_tokens} tokens in use or promised"
         other = ", or wait until the answers in progress have ended"
     else:
         kv = f"kv, {least_context(sizes, wish)} tokens"

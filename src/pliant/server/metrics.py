@@ -84,10 +84,13 @@ class Metrics:
             ended.add_metric([reason], count)
         yield ended
         pages = GaugeMetricFamily("pliant_kv_pages", "Pages of the KV cache.", labels=["state"])
-        pages.add_metric(["used"], state.used - state.kept)
+        pages.add_metric(["used"], state.pages - state.kept)
         pages.add_metric(["kept"], state.kept)
-        pages.add_metric(["free"], state.pages - state.used)
         yield pages
+        kv = GaugeMetricFamily("pliant_kv_bytes", "Bytes of the KV cache.", labels=["state"])
+        kv.add_metric(["used"], state.kv_used)
+        kv.add_metric(["free"], max(state.kv - state.kv_used, 0))
+        yield kv
         park = report.park
         given_up = CounterMetricFamily(
             "pliant_given_up_pages", "Kept pages that had to go.", labels=["to"]

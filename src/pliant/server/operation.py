@@ -168,7 +168,7 @@ async def state(request: Request) -> Response:
             "time": time.time(),
             "waiting": now.waiting,
             "running": now.running,
-            "pages": {"total": now.pages, "used": now.used, "kept": now.kept},
+            "kv": {"bytes": now.kv, "used": now.kv_used, "pages": now.pages, "kept": now.kept},
             "counters": asdict(now.counters),
             "budget": _control(request).get(),
             "threads": report.threads,

@@ -209,11 +209,11 @@ function depth(matrices) {
 }
 
 function work(state) {
-  const pages = state.pages;
+  const kv = state.kv;
   $('running').textContent = state.running;
   $('parked').textContent = state.budget.parked;
   $('waiting').textContent = state.waiting;
-  $('pages').textContent = `${pages.used - pages.kept}, ${pages.kept}, ${pages.total - pages.used}`;
+  $('pages').textContent = `${kv.pages - kv.kept}, ${kv.kept}; ${size(Math.max(kv.bytes - kv.used, 0))}`;
   if (!last) return;
   const passed = Math.max(state.time - last.time, 0.001), now = state.counters, before = last.counters;
   const steps = now.steps - before.steps;
