@@ -150,10 +150,13 @@ def shrink(options: argparse.Namespace) -> list[dict[str, Any]]:
             if not all(_falls(one) for one in rungs):
                 raise SystemExit("an old page is deeper than one that is younger")
             report = model.report()
+            depths = [model._holdings.depth_of(session.sequence) for session in held]
             if most > budget * MIB + TOLERANCE or any(len(one) < SHRUNK for one in held):
                 raise SystemExit(f"{most} bytes were resident, or a session was lost")
-            row = {"budget": budget * MIB, "resident": most, "kv_bits": report.kv_bits}
-            row |= {"weights": report.weights, "expected_kl": report.expected_kl}
+            row = {"budget": budget * MIB, "resident": most}
+            row |= {"kv_bits": min(depth.kv_bits for depth in depths), "weights": report.weights}
+            kls = [depth.expected_kl for depth in depths if depth.expected_kl is not None]
+            row["expected_kl"] = max(kls, default=None)
             row |= {"parked": report.parked, "kv": report.ledger["kv"][1]}
             rows.append(row)
             kl = "-" if row["expected_kl"] is None else f"{row['expected_kl']:.3f}"

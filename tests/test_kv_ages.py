@@ -3,7 +3,9 @@ that answers do not depend on whether what is not seen is still there."""
 
 from __future__ import annotations
 
+import gc
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,22 @@ def test_what_sequences_will_have_is_counted(path: Path, data: st.DataObject) ->
 
 
 # --- models
+
+
+def test_a_closed_model_leaves_nothing(tmp_path: Path) -> None:
+    """Its memory goes at once, and not when Python looks for cycles."""
+    path = write_tiny_pack(tmp_path / "pack", least=4)
+    gc.disable()
+    try:
+        for bits in (16.0, "auto"):
+            model = pliant.load(path, kv_bits=bits)  # type: ignore[arg-type]
+            with model.session() as session:
+                session.feed([1] * 100)
+            executor = model._executor
+            model.close()
+            assert sys.getrefcount(executor) == 2  # ours, and that of the call
+    finally:
+        gc.enable()
 
 
 def test_beginnings_that_lost_rungs_are_computed_again(tmp_path: Path) -> None:

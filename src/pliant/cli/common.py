@@ -114,8 +114,8 @@ def add_limits(
         "--kv-bits",
         metavar="BITS",
         type=_kv_bits,
-        help="most bits of a value in the KV cache; auto: as many as serve best as the budget "
-        "moves (default: 16, exact)",
+        help="most bits of a value in the KV cache, the mean of a full context; auto: as many as "
+        "serve best as the budget moves (default: 16, exact)",
     )
     group.add_argument(
         "--kv-floor",

@@ -90,6 +90,7 @@ class Cache(Room):
             self.prefixes.release(entry.keys)
         self._entries.clear()
         self.forget()
+        self._state = int  # it knows who owns this, and both would wait for the collector
 
     def truncate(self, sequence: int, length: int) -> int:
         """Forget the tokens of a session from `length` on; inside a page that is coded or that

@@ -166,9 +166,10 @@ def load(
     min_bits, max_kl: the floor of quality, in bits per weight and nats of expected KL divergence
     threads:   None: the CPUs that this process may use
     isa:       kernels: "auto", or one of pliant._core.cpu_isa()
-    kv_bits:   bits of a value in the KV cache, scales included. 16: exact. Fewer: full pages are
-               coded in plies, with the most rungs that have no more bits. "auto": with as many as
-               serve best, weights and KV together, as the budget moves
+    kv_bits:   bits of a value in the KV cache, scales included, the mean of a full context. 16:
+               exact. Fewer: full pages are coded in plies, newer ones deeper than older ones, with
+               no more bits. "auto": with as many as serve best, weights and KV together, as the
+               budget moves
     kv_floor:  with "auto", never fewer bits than these
     chunk:     tokens of a prompt that are computed at once; fewer take less memory
     chat:      prepare the chat template, if the pack has one (some 7 MiB for jinja2)
