@@ -199,7 +199,7 @@ def test_coded_kv_costs_what_the_pack_says(windows: list[list[int]]) -> None:
 
     caches = Caches(PACK, [3.25, 4.25, 5.25], weights=105_000_000)
     found = kv_quality(caches, windows[:2])["coded"]
-    for one, most in zip(found, (0.012, 0.045, 0.2), strict=True):  # from the deepest on
+    for one, most in zip(found, (0.006, 0.02, 0.07), strict=True):  # from the deepest on
         worst, usual = one["all_coded"]["kl"], one["as_run"]["kl"]
         assert usual < worst < most
-        assert 0.4 < worst / one["expected_kl"] < 2.5
+        assert 0.25 < worst / one["expected_kl"] < 2.5
