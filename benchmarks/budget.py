@@ -1,6 +1,6 @@
 """Does a budget that moves keep its promises? On a real pack, and on a random one of 1 GB.
 
-    python benchmarks/budget.py walk PACK [--changes N] [--sessions N] [--json]
+    python benchmarks/budget.py walk PACK [--changes N] [--sessions N] [--kv-bits auto] [--json]
     python benchmarks/budget.py large DIRECTORY [--repeat N] [--json]
     python benchmarks/budget.py floor DIRECTORY [--json]
     python benchmarks/budget.py pressure PACK [--bursts N] [--spare MIB] [--json]
@@ -61,6 +61,7 @@ def main() -> int:
     command.add_argument("--changes", type=int, default=1000)
     command.add_argument("--sessions", type=int, default=8)
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--kv-bits", choices=("16", "auto"), default="16")
     add("large", large).add_argument("--repeat", type=int, default=5)
     add("floor", floor)
     command = add("pressure", pressure)

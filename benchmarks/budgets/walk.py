@@ -46,7 +46,9 @@ def walk(options: argparse.Namespace) -> dict[str, Any]:
     limits: list[Limit] = []
     shrinks, grows, whole = [], [], []
     length = 256
-    with pliant.load(options.pack, context=length, sessions=options.sessions, chat=False) as model:
+    wish: dict[str, Any] = {"context": length, "sessions": options.sessions, "chat": False}
+    wish["kv_bits"] = 16 if options.kv_bits == "16" else options.kv_bits
+    with pliant.load(options.pack, **wish) as model:
         least, most = model.least_plan().total, model.plan.total
         model.budget = most
         sampler = subprocess.Popen([sys.executable, "-c", SAMPLER, str(os.getpid()), samples])
@@ -71,13 +73,16 @@ def walk(options: argparse.Namespace) -> dict[str, Any]:
             raise answers.error
         target = (least + most) // 2
         model.budget = target
-        weights = model.depth.weights
+        depth = model.depth
         audit = model.audit()
         logits = model.logits(list(range(3, 67)))
     rows = [line.split() for line in samples.read_text().splitlines()]
     samples.unlink()
     over, counted = _over([(float(t), int(r)) for t, r in rows[:-1]], limits, most, last)
-    with pliant.load(options.pack, weights=weights, chat=False) as fresh:
+    wish |= {"weights": depth.weights, "kv_bits": depth.kv_bits}
+    with pliant.load(options.pack, **wish) as fresh:
+        if fresh.depth.kv_bits != depth.kv_bits:
+            raise SystemExit(f"a fresh model has {fresh.depth}, and not {depth}")
         same = bool(np.array_equal(fresh.logits(list(range(3, 67))), logits))
     step = summary([b - a for a, b in answers.steps])
     result: dict[str, Any] = {
