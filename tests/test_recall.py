@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pliant.cli import eval_kv
 from pliant.engine.build import open_tokenizer
 from pliant.engine.kv_quality import WAYS, Caches, compared, kv_quality, kv_recall
 from pliant.engine.recall import TASKS, Sample, Score, make_samples, score, summarise
@@ -178,6 +179,12 @@ def test_changes_are_paired_by_context() -> None:
     (alone,) = summarise(answers[:2])
     assert list(alone["caches"]) == ["exact", "4 as_run"]
     assert alone["caches"]["4 as_run"]["likelihood_change_error"] is None
+
+
+def test_the_command_knows_the_tasks_and_ways() -> None:
+    """It lists them without importing what makes them."""
+    assert eval_kv._TASKS == TASKS
+    assert tuple(eval_kv._WAYS) == WAYS
 
 
 # --- with caches

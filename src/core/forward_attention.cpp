@@ -7,7 +7,6 @@ namespace pliant {
 
 namespace {
 
-constexpr int kPartTokens = kPartPages * kPageTokens;
 constexpr int kThen = 4;  // pages of the next task that are fetched in this one
 
 }  // namespace

@@ -94,7 +94,7 @@ KvCache::Ages KvCache::ages(const std::vector<int>& sequences,
         const int newest = tokens[i] / kPageTokens, there = static_cast<int>(s.pages.size());
         if (tokens[i] % kPageTokens != 0) ++found.partial;
         for (int page = 0; page < newest; ++page) {
-            const int age = page == 0 ? 0 : newest - page;
+            const int age = age_of(page, newest);
             if (page >= there) {
                 count(age);
                 continue;
@@ -180,14 +180,17 @@ void KvCache::seal(int sequence, int first) {
     const Sequence& s = sequences_[static_cast<size_t>(sequence)];
     for (int i = first; i < s.length / kPageTokens; ++i) {
         const int page = s.pages[static_cast<size_t>(i)];
-        const size_t at = static_cast<size_t>(page);
-        if (rungs_[at] > 0) continue;
-        rungs_[at] = level();
-        used_ -= page_bytes_ - ladder.bytes(level());
-        touched_rungs_[at] = std::max(touched_rungs_[at], level());
-        shallow(page, level());
-        drop_exact(page);
+        if (!coded(page)) become_coded(page, level());
     }
+}
+
+void KvCache::become_coded(int page, int rungs) {
+    const size_t at = static_cast<size_t>(page);
+    rungs_[at] = rungs;
+    used_ -= page_bytes_ - ladder.bytes(rungs);
+    touched_rungs_[at] = std::max(touched_rungs_[at], rungs);
+    shallow(page, rungs);
+    drop_exact(page);
 }
 
 void KvCache::check_used(const std::vector<int>& pages) const {
@@ -311,16 +314,11 @@ void KvCache::append(int sequence, int tokens, int rungs, const uint8_t* stored)
     if (pages_free() < 1) throw EngineError("the KV cache has no free page");
     extend(sequence, tokens);
     const int page = sequences_[static_cast<size_t>(sequence)].pages.back();
-    const size_t at = static_cast<size_t>(page);
     if (rungs == 0) {
         std::memcpy(exact(page), stored, page_bytes_);
         return;
     }
-    rungs_[at] = rungs;
-    used_ -= page_bytes_ - ladder.bytes(rungs);
-    touched_rungs_[at] = std::max(touched_rungs_[at], rungs);
-    shallow(page, rungs);
-    drop_exact(page);
+    become_coded(page, rungs);
     ladder.join(slot(page), 0, rungs, stored);
 }
 

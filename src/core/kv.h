@@ -123,9 +123,10 @@ class KvCache {
     int take();
     void release(int page);
     int level() const { return seen_.empty() ? 0 : seen_[0]; }
+    // Of page `number` of a sequence for the tokens of page `newest`.
+    static int age_of(int number, int newest) { return number == 0 ? 0 : newest - number; }
     static int of_age(const std::vector<uint8_t>& ages, int number, int newest) {
-        if (number == 0) return ages[0];
-        return ages[std::min(static_cast<size_t>(newest - number), ages.size() - 1)];
+        return ages[std::min(static_cast<size_t>(age_of(number, newest)), ages.size() - 1)];
     }
     void settle();
 
@@ -137,6 +138,8 @@ class KvCache {
                page_bytes_ * static_cast<uint64_t>(exact_[static_cast<size_t>(page)]);
     }
     void drop_exact(int page);
+    // The slot of a page has so many rungs from now on, and its exact half is given up.
+    void become_coded(int page, int rungs);
     int pages_ = 0;
     std::vector<uint8_t> seen_, kept_;  // by age
     uint64_t used_ = 0, limit_ = 0;

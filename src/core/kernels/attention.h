@@ -12,8 +12,6 @@ namespace pliant::PLIANT_ISA {
 
 #define PLIANT_INLINE inline __attribute__((always_inline))
 
-constexpr int kPartTokens = kPartPages * kPageTokens;
-
 // The scores of queries with the positions of a part, then their weights.
 struct Scores {
     alignas(64) float p[kMaxQueries][kPartTokens];

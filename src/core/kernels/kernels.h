@@ -150,6 +150,7 @@ constexpr int kMaxHeadDim = 1024;
 // Positions go through attention in parts of this many pages, counted from the beginning of the
 // sequence. Parts may be computed by several threads, and are always added up in order.
 constexpr int kPartPages = 16;
+constexpr int kPartTokens = kPartPages * kPageTokens;
 
 enum class Activation { kSilu, kGeluTanh, kGelu };
 

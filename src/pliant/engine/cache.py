@@ -61,11 +61,10 @@ class Cache(Room):
     ) -> None:
         """`state`: `Depth.state` of the steps that are made now."""
         self.park = park or Park(executor)
-        super().__init__(executor, sizes, plan, Prefixes(executor.drop_pages, self.park.keep))
+        super().__init__(executor, sizes, Prefixes(executor.drop_pages, self.park.keep))
         self._state = state
         self._clock = 0
-        self._set_level(plan.kv_level)
-        executor.limit_kv(plan.kv)
+        self.limit(plan)
 
     # --- sequences
 
@@ -141,7 +140,7 @@ class Cache(Room):
             return 0
         if not self._make_room({sequence: len(keys) * tokens}):
             return 0
-        most = int(self._sizes.schedule(self.level).seen[0]) if self.level else 0
+        most = self._rungs(0, self.level)(0)  # a page has no more when it is coded
         try:
             count = self.park.fetch(sequence, keys[at:], most, until)
             # Pages that lost rungs before they were parked may be of no use yet; those from before
@@ -367,7 +366,7 @@ class Cache(Room):
 
         if over() <= 0:
             return True
-        if self._over(self._in_flight(wanted, keep)) > 0:
+        if self._over(self._in_flight(wanted, keep), []) > 0:
             return False
         idle = [
             (entry.used, sequence)

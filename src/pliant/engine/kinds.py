@@ -13,9 +13,9 @@ class Depth:
     """How much of the model steps use: rungs, bytes of plies and scales, and what that means.
 
     `bits_per_weight` is None for a model without coded matrices, `expected_kl` (nats) also if the
-    pack has no measurements. `kv_level` are the rungs of coded KV pages, 0 if they are exact, and
-    `kv_bits` the bits of a value in them, scales included; what fewer than 16 cost is in
-    `expected_kl`.
+    pack has no measurements. `kv_level` is the level of coded KV pages, 0 if they are exact, and
+    `kv_bits` the mean bits of a value in a full context, scales included; what fewer than 16 cost
+    is in `expected_kl`.
     """
 
     rungs: int
@@ -27,7 +27,8 @@ class Depth:
 
     @property
     def state(self) -> int:
-        """A number for the rungs of weights and KV: what is made at one is the same every time."""
+        """A number for the rungs of weights and the level of KV: what is made at one is the same
+        every time."""
         return self.rungs << 16 | self.kv_level
 
 

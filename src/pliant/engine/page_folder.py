@@ -16,7 +16,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pliant.engine.parked_page import Label, Page, ParkedPage, header_bytes, write_page
+from pliant.engine.parked_page import (
+    TOKENS,
+    Label,
+    Page,
+    ParkedPage,
+    header_bytes,
+    write_page,
+)
 from pliant.errors import FormatError, PackError, UsageError
 
 __all__ = ["PageFolder"]
@@ -106,7 +113,7 @@ class PageFolder:
                 return False
             file = os.open(temporary, _WRITE, 0o600)
             try:
-                write_page(file, Label(self._origin, key), self._stored, 32, rungs, data)
+                write_page(file, Label(self._origin, key), self._stored, TOKENS, rungs, data)
                 os.utime(file, ns=(used, used))
             finally:
                 os.close(file)

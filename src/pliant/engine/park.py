@@ -91,9 +91,10 @@ class Park:
         parked = Parked(self._stored) if rest is None else rest
         there = len(parked)
         try:
-            for number, page in list(enumerate(self._executor.pages(sequence)))[there:]:
-                tokens = min(length - number * self._tokens, self._tokens)
-                parked.append(tokens, *self._take(page))
+            pages = self._executor.pages(sequence)[there:]
+            for page, rungs in zip(pages, self._executor.page_rungs(pages), strict=True):
+                tokens = min(length - len(parked) * self._tokens, self._tokens)
+                parked.append(tokens, rungs, self._take(page, rungs))
         except BaseException:
             parked.cut(there)
             if rest is None:
@@ -192,7 +193,7 @@ class Park:
                 rungs = self._executor.page_rungs([page])[0]
                 kept = self.folder.touch(key, when, rungs)
                 if not kept:
-                    kept = self.folder.write(key, *self._take(page), when)
+                    kept = self.folder.write(key, rungs, self._take(page, rungs), when)
             self.kept += kept
             self.lost += not kept
 
@@ -224,9 +225,8 @@ class Park:
             if self.folder is not None:
                 self.folder.touch(key, now - 1000 * number)
 
-    def _take(self, page: int) -> tuple[int, Page]:
-        """The rungs of a page, and its bytes as they are stored."""
-        rungs = self._executor.page_rungs([page])[0]
+    def _take(self, page: int, rungs: int) -> Page:
+        """The bytes of a page of so many rungs, as they are stored."""
         data = np.empty(self._stored[rungs], np.uint8)
         self._executor.take_page(page, data)
-        return rungs, data
+        return data

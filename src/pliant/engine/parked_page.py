@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pliant.errors import ChecksumError, FormatError
 
-__all__ = ["Label", "Page", "ParkedPage", "header_bytes", "part_sizes", "write_page"]
+__all__ = ["TOKENS", "Label", "Page", "ParkedPage", "header_bytes", "part_sizes", "write_page"]
 
 Page = npt.NDArray[np.uint8]
 

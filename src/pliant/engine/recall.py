@@ -170,9 +170,7 @@ class _Writer:
         for kind in ("needle", "copy", "sum"):
             count = sum(fact.task == kind for fact in facts)
             places += list(((np.arange(count) + rng.uniform(0.1, 0.9, count)) / count).tolist())
-            if (
-                kind == "sum"
-            ):  # the two of a question are neighbours in `boxes`, and not in the text
+            if kind == "sum":  # the two of a question are neighbours only in `boxes`
                 places[-count:] = rng.permutation(places[-count:]).tolist()
 
         asked = [

@@ -12,8 +12,8 @@ from enum import Enum
 from pliant.engine.parking import Parked
 from pliant.engine.prefixes import Prefixes
 from pliant.engine.seam import Executor
-from pliant.memory.kv_ages import Ages, fresh
-from pliant.memory.plan import PackSizes, Plan
+from pliant.memory.kv_ages import Ages, age_of, fresh
+from pliant.memory.plan import PackSizes
 
 __all__ = ["MOST_LEVEL", "Entry", "Keep", "Rank", "Room"]
 
@@ -83,12 +83,8 @@ class Room:
     are exact.
     """
 
-    def __init__(
-        self, executor: Executor, sizes: PackSizes, plan: Plan, prefixes: Prefixes
-    ) -> None:
-        self.context = plan.context
-        self.bytes = plan.kv - plan.kv_chunk
-        self.level = 0
+    def __init__(self, executor: Executor, sizes: PackSizes, prefixes: Prefixes) -> None:
+        self.context = self.bytes = self.level = 0
         self.page_tokens = sizes.kv_page_tokens
         self.prefixes = prefixes
         self._executor = executor
@@ -162,11 +158,11 @@ class Room:
         full, partial = self._executor.kv_ages(list(tokens), list(tokens.values()))
         return Ages(tuple(full), partial, sum(map(bool, tokens.values())))
 
-    def _over(self, tokens: Mapping[int, int], kept: Sequence[int] = ()) -> int:
+    def _over(self, tokens: Mapping[int, int], kept: list[int]) -> int:
         """Bytes that sequences with so many tokens each, and the pages `kept`, have too many. There
         are also no more pages than for the longest context of each session that was planned."""
         ages = self._ages(tokens)
-        taken = self._sizes.kv_bytes(self.level, ages) + self._executor.kv_bytes(list(kept))
+        taken = self._sizes.kv_bytes(self.level, ages) + self._executor.kv_bytes(kept)
         pages = sum(ages.full) + ages.partial + len(kept) - self._executor.kv_pages_total
         return max(taken - self.bytes, pages * self._sizes.kv_page_bytes)
 
@@ -175,7 +171,7 @@ class Room:
         if not level:
             return lambda number: 0
         kept, newest = self._sizes.schedule(level).kept, length // self.page_tokens
-        return lambda number: int(kept[newest - number if number else 0])
+        return lambda number: int(kept[age_of(number, newest)])
 
     def _usable(self, keys: Sequence[bytes]) -> list[bytes]:
         """Those of the pages `keys` that are kept and that a sequence can begin with."""
@@ -207,6 +203,5 @@ class Room:
         """Whether pages have what is seen of them from page `newest` on; 0 rungs: exact."""
         seen = self._sizes.schedule(level).seen
         return all(
-            not have or have >= seen[newest - number if number else 0]
-            for number, have in enumerate(rungs)
+            not have or have >= seen[age_of(number, newest)] for number, have in enumerate(rungs)
         )

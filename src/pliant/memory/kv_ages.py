@@ -15,7 +15,16 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LEVELS_PER_BIT", "SLOPE", "Ages", "Schedule", "fresh", "least_rungs", "make_schedule"]
+__all__ = [
+    "LEVELS_PER_BIT",
+    "SLOPE",
+    "Ages",
+    "Schedule",
+    "age_of",
+    "fresh",
+    "least_rungs",
+    "make_schedule",
+]
 
 LEVELS_PER_BIT = 8
 
@@ -53,6 +62,11 @@ def fresh(tokens: int, page_tokens: int) -> Ages:
     """One sequence that shares nothing."""
     full = tokens // page_tokens
     return Ages((1,) * full, int(tokens % page_tokens > 0), int(tokens > 0))
+
+
+def age_of(number: int, newest: int) -> int:
+    """The age of page `number` of a sequence for the tokens of page `newest`."""
+    return newest - number if number else 0
 
 
 def least_rungs(bits: Sequence[float]) -> int:

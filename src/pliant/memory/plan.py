@@ -318,8 +318,7 @@ def kv_levels(sizes: PackSizes, wish: Wish, context: int) -> list[int]:
     levels = list(sizes.kv_levels)
     if not sizes.kv_rungs:
         return levels
-    most = 16.0 if wish.kv_bits is None else wish.kv_bits
-    floor = 0.0 if wish.kv_floor is None else wish.kv_floor
+    floor, most = _wished_bits(wish)
     bits = [sizes.kv_bits(level, context) for level in levels]
     within = [level for level, one in zip(levels, bits, strict=True) if floor <= one <= most]
     if not within:
@@ -328,6 +327,12 @@ def kv_levels(sizes: PackSizes, wish: Wish, context: int) -> list[int]:
             f"{context} tokens this pack has {bits[0]:.2f} to {bits[-1]:.2f}"
         )
     return within if wish.kv_bits is None else within[-1:]
+
+
+def _wished_bits(wish: Wish) -> tuple[float, float]:
+    """The fewest and the most bits of KV."""
+    floor = 0.0 if wish.kv_floor is None else wish.kv_floor
+    return floor, 16.0 if wish.kv_bits is None else wish.kv_bits
 
 
 def make_plan(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) -> Plan:
@@ -369,7 +374,7 @@ def _plans(
     """The best plan of each level that fits and has the wished bits, rising."""
     assert wish.memory is not None
     room = wish.memory - sum(size for _, size in fixed)
-    floor, most = wish.kv_floor or 0.0, 16.0 if wish.kv_bits is None else wish.kv_bits
+    floor, most = _wished_bits(wish)
     for level in sizes.kv_levels:
         plan = _plan_at(sizes, fixed, wish, level, rungs, room)
         if plan.total <= wish.memory and (not level or floor <= plan.kv_bits <= most):
@@ -384,7 +389,7 @@ def _plan_at(
     rungs: int,
     room: int,
 ) -> Plan:
-    """The best plan with KV pages of `level` rungs, in `room` bytes for weights and KV; at least
+    """The best plan with KV pages at a level, in `room` bytes for weights and KV; at least
     `rungs` of the weights."""
     most_context = sizes.context if wish.context is None else wish.context
     least = _plan(sizes, fixed, wish, rungs, least_context(sizes, wish), level)

@@ -64,13 +64,12 @@ class Metrics:
             return
         state, report = self._now
         counters = state.counters
-        tokens = CounterMetricFamily(
-            "pliant_prompt_tokens", "Tokens of prompts.", labels=["source"]
+        yield _labelled(
+            CounterMetricFamily("pliant_prompt_tokens", "Tokens of prompts.", labels=["source"]),
+            computed=counters.prompt_tokens,
+            cache=counters.cached_tokens,
+            disk=counters.read_tokens,
         )
-        tokens.add_metric(["computed"], counters.prompt_tokens)
-        tokens.add_metric(["cache"], counters.cached_tokens)
-        tokens.add_metric(["disk"], counters.read_tokens)
-        yield tokens
         for name, text, value in (
             ("answer_tokens", "Tokens of answers.", counters.answer_tokens),
             ("steps", "Steps of the model.", counters.steps),
@@ -79,32 +78,36 @@ class Metrics:
             ("resumed_tokens", "Tokens that these had when they went on.", counters.resumed_tokens),
         ):
             yield CounterMetricFamily(f"pliant_{name}", text, value=value)
-        ended = CounterMetricFamily("pliant_answers", "Answers that ended.", labels=["reason"])
-        for reason, count in dict(counters.finished).items():
-            ended.add_metric([reason], count)
-        yield ended
-        pages = GaugeMetricFamily("pliant_kv_pages", "Pages of the KV cache.", labels=["state"])
-        pages.add_metric(["used"], state.pages - state.kept)
-        pages.add_metric(["kept"], state.kept)
-        yield pages
-        kv = GaugeMetricFamily("pliant_kv_bytes", "Bytes of the KV cache.", labels=["state"])
-        kv.add_metric(["used"], state.kv_used)
-        kv.add_metric(["free"], max(state.kv - state.kv_used, 0))
-        yield kv
+        yield _labelled(
+            CounterMetricFamily("pliant_answers", "Answers that ended.", labels=["reason"]),
+            **counters.finished,
+        )
+        yield _labelled(
+            GaugeMetricFamily("pliant_kv_pages", "Pages of the KV cache.", labels=["state"]),
+            used=state.pages - state.kept,
+            kept=state.kept,
+        )
+        yield _labelled(
+            GaugeMetricFamily("pliant_kv_bytes", "Bytes of the KV cache.", labels=["state"]),
+            used=state.kv_used,
+            free=max(state.kv - state.kv_used, 0),
+        )
         park = report.park
-        given_up = CounterMetricFamily(
-            "pliant_given_up_pages", "Kept pages that had to go.", labels=["to"]
+        yield _labelled(
+            CounterMetricFamily(
+                "pliant_given_up_pages", "Kept pages that had to go.", labels=["to"]
+            ),
+            disk=park.kept,
+            nowhere=park.lost,
         )
-        given_up.add_metric(["disk"], park.kept)
-        given_up.add_metric(["nowhere"], park.lost)
-        yield given_up
-        chosen = CounterMetricFamily(
-            "pliant_parked_pages", "Pages on disk that were wanted.", labels=["result"]
+        yield _labelled(
+            CounterMetricFamily(
+                "pliant_parked_pages", "Pages on disk that were wanted.", labels=["result"]
+            ),
+            read=park.read,
+            computed=park.computed,
+            broken=park.broken,
         )
-        chosen.add_metric(["read"], park.read)
-        chosen.add_metric(["computed"], park.computed)
-        chosen.add_metric(["broken"], park.broken)
-        yield chosen
         ledger = GaugeMetricFamily(
             "pliant_ledger_bytes", "Memory by owner.", labels=["owner", "state"]
         )
@@ -127,6 +130,15 @@ class Metrics:
             ("expected_kl", "Expected KL divergence in nats.", report.expected_kl or 0),
         ):
             yield GaugeMetricFamily(f"pliant_{name}", text, value=value)
+
+
+def _labelled(
+    family: CounterMetricFamily | GaugeMetricFamily, **values: float
+) -> CounterMetricFamily | GaugeMetricFamily:
+    """A family with one label, and its values by that label."""
+    for label, value in values.items():
+        family.add_metric([label], value)
+    return family
 
 
 class _Snapshot:
