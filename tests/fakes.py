@@ -305,12 +305,20 @@ class AlwaysRead(Rates):
         return True
 
 
-def fake_model(rungs: int = 100, *, context: int = 2048, **wish: Any) -> Model:
+def fake_model(
+    rungs: int = 100,
+    *,
+    context: int = 2048,
+    executor: FakeExecutor | None = None,
+    early: bool = False,
+    log: Callable[[str], None] | None = None,
+    **wish: Any,
+) -> Model:
     """A model of 100 rungs of 1,000 bytes; a token of KV takes 20 bytes, fixed parts 10,000.
 
     `wish` are the limits: memory, weights, context, sessions and so on.
     """
-    executor = FakeExecutor(rungs)
+    executor = executor or FakeExecutor(rungs)
     units = SimpleNamespace(matrices=(), first=np.zeros(1, np.int64), rows=np.zeros(0, np.int32))
     pack = SimpleNamespace(
         path=Path("fake.pack"),
@@ -344,6 +352,8 @@ def fake_model(rungs: int = 100, *, context: int = 2048, **wish: Any) -> Model:
         sizes=sizes,
         fixed=fixed,
         wish=Wish(**wish),
+        early=early,
+        log=log,
     )
 
 

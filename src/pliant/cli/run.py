@@ -132,7 +132,10 @@ def run(options: argparse.Namespace) -> int:
     from pliant.engine.loading import load
 
     limits = load_options(options)
-    with load(options.pack, chat=not options.raw, log=_tell, **limits) as model, _control(model):
+    with (
+        load(options.pack, chat=not options.raw, log=_tell, early=True, **limits) as model,
+        _control(model),
+    ):
         if talking:
             return Chat(model, options).talk()
         return _once(model, prompt, options)

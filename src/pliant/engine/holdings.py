@@ -18,7 +18,15 @@ from pliant.engine.weights import Weights
 from pliant.errors import BudgetError, EngineError
 from pliant.memory.budget import system_limit
 from pliant.memory.ledger import Ledger
-from pliant.memory.plan import MOST_KL, PackSizes, Plan, Wish, make_plan, smallest
+from pliant.memory.plan import (
+    MOST_KL,
+    PackSizes,
+    Plan,
+    Wish,
+    floor_rungs,
+    make_plan,
+    smallest,
+)
 
 __all__ = ["Change", "Fixed", "Holdings"]
 
@@ -138,11 +146,36 @@ class Holdings:
         for owner, size in self.plan.lines():
             self.ledger.hold(owner, size, touched=0 if owner in _RESERVED else None)
 
-    def load(self) -> None:
-        """Read the rungs of the plan, before anything else runs."""
+    def load(
+        self, check: Callable[[], None], *, early: bool, log: Callable[[str], None] | None
+    ) -> None:
+        """Read the rungs of the plan, before anything else runs.
+
+        `early`: only those of the floor of quality that was stated, if one was; the others follow
+        beside the first steps, as after a change of the budget. `check` is called at their end,
+        and `log` with a line if they cannot be read.
+        """
+        plan, wish, sizes = self.plan, self.wish, self._sizes
+        first = plan.rungs
+        if early and (wish.min_bits is not None or wish.max_kl is not None):
+            first = floor_rungs(sizes, wish)
         with self._turns:
-            ticket = self.weights.limit(self.plan.rungs)
-        self.weights.grow(self.plan.rungs, ticket, alone=True)
+            ticket = self.weights.limit(plan.rungs)
+        self.weights.grow(first, ticket, alone=True)
+        if first < plan.rungs:
+            # What holds if the others cannot be read.
+            least = replace(wish, weights=sizes.weights[first])
+            self._settled = make_plan(sizes, self._fixed, least), least
+
+            def rest() -> bool:
+                try:
+                    return self._grow(plan, wish, ticket, check)
+                except Exception as error:
+                    if log is not None:
+                        log(f"the model stays at its floor of quality: {error}")
+                    raise
+
+            self.change = Change(plan, rest).start()
 
     def close(self) -> None:
         """End a growth in progress, close files, delete what is parked; no step may come after."""

@@ -154,6 +154,7 @@ def load(
     log: Callable[[str], None] | None = None,
     park: str | os.PathLike[str] | None = None,
     park_limit: int | str | None = None,
+    early: bool = False,
 ) -> Model:
     """Load a pack within a budget.
 
@@ -176,12 +177,16 @@ def load(
     answers:   how many answers may be computed in one step; each needs a row of logits
     also:      an owner in the ledger, and a function that makes what it owns from the pack and the
                tokenizer, and returns how many bytes more to leave free
-    log:       with memory="auto", called with a line for each move of the budget
+    log:       called with a line for each move of the budget with memory="auto", and if what
+               `early` left cannot be read
     park:      a folder, made if it is not there, in which pages of the KV cache stay that had to
                go, and those that are kept when the model is closed: what prompts begin with is read
                instead of computed again where that is faster, also after a restart
     park_limit: bytes that the files in it may take; those that were used longest ago go first.
                None: 4 GiB
+    early:     return as soon as the floor of quality that min_bits or max_kl state is in memory;
+               the rest of the plan is read beside the first steps (`Model.change`). Answers say
+               what they were made with. Without a floor nothing changes
 
     Raises PackError for a pack that cannot be used, BudgetError with the sum if it does not fit,
     UsageError for arguments without meaning.
@@ -242,6 +247,8 @@ def load(
         tokenizer_bytes=parts.tokenizer_bytes,
         template=parts.template,
         folder=folder,
+        early=early,
+        log=log,
     )
     if auto:
         model.govern(keep_free=free, log=log)

@@ -68,11 +68,14 @@ class Model(Closing):
         tokenizer_bytes: int = 0,
         template: ChatTemplate | None = None,
         folder: PageFolder | None = None,
+        early: bool = False,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         """For `pliant.load`.
 
         `fixed`: the parts that are there whatever the plan, and their bytes; `tokenizer_bytes`: how
-        much of them is the mapped file of the tokenizer, which is read into memory as it is used.
+        much of them is the mapped file of the tokenizer, which is read into memory as it is used;
+        `early`, `log`: as for `Holdings.load`.
         """
         self.pack = pack
         self.tokenizer = tokenizer
@@ -99,7 +102,7 @@ class Model(Closing):
         self._tokenizer_bytes = tokenizer_bytes
         self._closed = False
         try:
-            self._holdings.load()
+            self._holdings.load(self._check_open, early=early, log=log)
         except BaseException:
             self._holdings.close()
             raise
@@ -373,7 +376,8 @@ class Model(Closing):
 
     @property
     def change(self) -> Change | None:
-        """The newest change of the budget since it was loaded, done or not."""
+        """The newest change of the budget, done or not; with `load(early=True)` the first is the
+        growth from the floor of quality to the plan. None: there was none."""
         self._check_open()
         return self._holdings.change
 

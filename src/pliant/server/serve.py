@@ -91,6 +91,7 @@ def open_app(settings: Settings) -> Iterator[Starlette]:
         answers=settings.most_running,
         also=("server", prepare),
         log=log_move,
+        early=True,
         **settings.load,
     ) as model:
         yield make_app(
