@@ -25,6 +25,9 @@ LEAST = 0.3
 
 CONTEXT = 512
 
+APART = 0.002
+"""Seconds between two samples at least: those of a tiny model would take more memory than it."""
+
 
 def walk(options: argparse.Namespace, limits: dict[str, Any], bar: Bar) -> dict[str, Any]:
     """Generate for `options.walk` seconds while the budget goes along PATH."""
@@ -84,10 +87,10 @@ def _now() -> float:
 def _generate(
     model: Model, options: argparse.Namespace, begin: float, mover: threading.Thread, bar: Bar
 ) -> list[dict[str, Any]]:
-    """A sample for each step, until the time is over and every budget has come."""
+    """Samples of steps, until the time is over and every budget has come."""
     from pliant.memory.budget import measure
 
-    samples = []
+    samples: list[dict[str, Any]] = []
     sessions = [model.session() for _ in range(options.batch)]
     for session in sessions:
         session.reserve(CONTEXT)
@@ -98,16 +101,17 @@ def _generate(
                 session.rewind([*session.tokens[:1], 0])
         tokens = model.step_all(sessions, tokens).argmax(-1).tolist()
         end, depth = _now(), model.depth
-        samples.append(
-            {
-                "seconds": end - begin,
-                "budget": model.budget or 0,
-                "resident": measure().now,
-                "bits_per_weight": depth.bits_per_weight,
-                "expected_kl": depth.expected_kl,
-                "tokens_per_second": options.batch / (end - start),
-            }
-        )
+        if not samples or end - begin - samples[-1]["seconds"] >= APART:
+            samples.append(
+                {
+                    "seconds": end - begin,
+                    "budget": model.budget or 0,
+                    "resident": measure().now,
+                    "bits_per_weight": depth.bits_per_weight,
+                    "expected_kl": depth.expected_kl,
+                    "tokens_per_second": options.batch / (end - start),
+                }
+            )
         bar("walking", min((end - begin) / options.walk, 1.0))
     for session in sessions:
         session.close()
@@ -122,12 +126,15 @@ def show_walk(answer: dict[str, Any]) -> None:
     grows = [move["done"] for move, down in pairs if not down]
     print(
         f"{len(moves)} budgets from {format_size(answer['least'])} to "
-        f"{format_size(answer['most'])}, {len(samples)} steps of {answer['batch']}"
+        f"{format_size(answer['most'])}, {len(samples)} samples, batch {answer['batch']}"
     )
     print(f"less memory: given back after at most {1e3 * max(shrinks):.0f} ms")
     print(f"more memory: in use after at most {1e3 * max(grows):.0f} ms, beside the answers")
     over = answer["over_budget"]
-    print(f"resident set: at most {format_size(over)} {'over' if over > 0 else 'from'} the budget")
+    where = (
+        f"up to {format_size(over)} above" if over > 0 else f"at least {format_size(-over)} below"
+    )
+    print(f"resident set: {where} the budget")
 
 
 def plot_walk(answer: dict[str, Any], path: Path) -> None:
