@@ -18,7 +18,7 @@ import pliant
 from packs import write_random_pack
 from pliant import _core
 from pliant.errors import UsageError
-from pliant.memory.kv_ages import LEVELS_PER_BIT, SLACK, Ages, fresh, make_schedule
+from pliant.memory.kv_ages import LEVELS_PER_BIT, SLACK, SLOPE, Ages, fresh, make_schedule
 from pliant.store import Pack
 from test_executor import some_ids
 from test_kv import PAGE, coded, feed
@@ -49,7 +49,7 @@ def test_pages_get_shallower_as_they_age(level: int, pages: int) -> None:
     assert kept[0] == seen[0]
     bits = [16 * size / EXACT for size in RUNGS]
     for age, rungs in enumerate(seen.tolist()):
-        due = level / LEVELS_PER_BIT - 0.5 * np.log2(max(age, 1))
+        due = level / LEVELS_PER_BIT - SLOPE * np.log2(max(age, 1))
         assert rungs == max([r for r in range(1, 7) if bits[r] <= due + 1e-9], default=1)
         if age > SLACK:
             assert kept[age] == seen[age - SLACK]

@@ -20,6 +20,7 @@ from pliant.pack.calibrate import (
     token_windows,
 )
 from pliant.pack.describe import describe_model, describe_tokens, matrix_names, vector_names
+from pliant.pack.echoes import echo_windows
 from pliant.pack.packer import PackResult, pack, peak_memory
 from pliant.pack.sources import Source, open_source
 from pliant.store import Pack
@@ -365,3 +366,44 @@ def test_the_tokenizer_of_the_source_goes_along(made: tuple[Source, PackResult])
         source.generation_config["eos_token_id"]
     )
     assert train_tokenizer().to_str() == train_tokenizer().to_str()
+
+
+class Pieces:
+    """A tokenizer with four letters in a token."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        first = len(self.pieces)
+        self.pieces += [text[at : at + 4] for at in range(0, len(text), 4)]
+        return {"input_ids": list(range(first, len(self.pieces)))}
+
+
+@pytest.mark.parametrize("bos", [None, -1])
+def test_echoes_say_again_what_they_said(bos: int | None) -> None:
+    passages = ["short", "".join(f"sentence {i}. " for i in range(150))]
+
+    def made(seed: int) -> list[str]:
+        tokenizer, texts = Pieces(), []
+        for window in echo_windows(tokenizer, passages, count=8, length=500, bos=bos, seed=seed):
+            assert len(window) <= 500
+            assert (window[0] == -1) == (bos == -1)
+            texts.append("".join(tokenizer.pieces[i] for i in window if i >= 0))
+        return texts
+
+    texts = made(3)
+    assert texts == made(3)
+    assert texts != made(4)
+    for number, text in enumerate(texts):
+        if number % 4 == 0:
+            before, after = text.split("As quoted above:\n\n")
+            assert len(after) > 500
+            assert before.startswith(after)
+        else:
+            lines = text.splitlines()[:-1]  # the last one may be cut
+            first = lines[: 500 // 24]
+            assert len(lines) > 1.5 * len(first)
+            assert set(lines) == set(first)
+    (cut,) = echo_windows(Pieces(), [], count=1, length=100, bos=bos, seed=3)
+    assert 30 < len(cut) <= 100

@@ -2,8 +2,8 @@
 
 The *age* of a page is how many pages later the token is that sees it; the first page of a sequence
 has the age 0, whatever comes. A *level* is the bits of a value in a page of the age 1, in eighths.
-Each time the age doubles a page loses half a bit: what it adds to the error of an answer halves, so
-it may be twice as coarse. Pure functions of numbers; sizes in bytes.
+Each time the age doubles a page loses SLOPE bits: it adds less to the error of an answer then, so
+it may be coarser. Pure functions of numbers; sizes in bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 LEVELS_PER_BIT = 8
 
-SLOPE = 0.5
+SLOPE = 0.375
 """Bits that a value loses each time its age doubles."""
 
 SLACK = 4

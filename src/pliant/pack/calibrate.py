@@ -29,6 +29,7 @@ __all__ = [
     "Windows",
     "calibrate",
     "full_precision",
+    "gather_kv",
     "linear_modules",
     "logits_chunks",
     "read_documents",
@@ -205,7 +206,6 @@ def calibrate(
     generator = torch.Generator().manual_seed(seed)
     embedding: torch.Tensor = model.get_input_embeddings().weight.detach()
     head: torch.Tensor = model.get_output_embeddings().weight.detach()
-    softcap = getattr(model.config, "final_logit_softcapping", None)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     gatherers: dict[str, _Gatherer] = {}
@@ -220,36 +220,23 @@ def calibrate(
     embed_rows = torch.zeros(vocab, dtype=torch.float64)
     embed_columns = torch.zeros(width, dtype=torch.float64)
     count = 0
+
+    def look(final: torch.Tensor, p: torch.Tensor, slope: torch.Tensor | None) -> None:
+        nonlocal head_rows, head_columns, likely
+        likely += p.sum(dim=0)
+        curve = p - p.square()
+        if slope is not None:
+            curve = curve * slope.square()
+        square = final.square()
+        head_rows += square.sum(dim=1) @ curve
+        head_columns += curve.sum(dim=1) @ square
+
     try:
         with full_precision(False), kv.watch(model) if kv is not None else nullcontext():
             for done, window in enumerate(windows):
-                ids = torch.tensor(window)
-                with torch.no_grad():
-                    embedded = model.get_input_embeddings()(ids[None])
-                embedded.requires_grad_(True)
-                hidden = model.model(inputs_embeds=embedded, use_cache=False)[0]
-                final = hidden.detach()[0]
-                gradient = torch.empty_like(final)
-                for part, logits, _ in logits_chunks(final, head, softcap):
-                    p = torch.softmax(logits, dim=1)
-                    labels = _sample(p, generator)
-                    likely += p.sum(dim=0)
-                    # d(logit) / d(raw logit); 1 without a soft cap.
-                    slope = None if softcap is None else 1 - (logits / softcap).square()
-                    curve = p - p.square()
-                    if slope is not None:
-                        curve = curve * slope.square()
-                    square = final[part].square()
-                    head_rows += square.sum(dim=1) @ curve
-                    head_columns += curve.sum(dim=1) @ square
-                    p.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=p.dtype))
-                    if slope is not None:
-                        p = p * slope
-                    gradient[part] = p @ head
-                hidden.backward(gradient[None])
-                assert embedded.grad is not None
-                seen, where = torch.unique(ids, return_inverse=True)
-                sums = torch.zeros(len(seen), width).index_add_(0, where, embedded.grad[0])
+                gradient = _backward(model, window, generator, look)
+                seen, where = torch.unique(torch.tensor(window), return_inverse=True)
+                sums = torch.zeros(len(seen), width).index_add_(0, where, gradient)
                 sums = sums.square_()
                 embed_rows[seen] += sums.sum(dim=1)
                 embed_columns += sums.sum(dim=0)
@@ -275,6 +262,61 @@ def calibrate(
     rows = _temper(embed_rows.numpy() * scale)
     result["embed"] = Importance(rows, embed_columns.numpy() * scale)
     return result
+
+
+def gather_kv(
+    model: Any,
+    windows: Windows,
+    kv: KvMoments,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """What further windows say of keys and values alone; memory and progress as in `calibrate`."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with full_precision(False), kv.watch(model):
+        for done, window in enumerate(windows):
+            _backward(model, window, generator)
+            if progress is not None:
+                progress(done + 1, len(windows))
+
+
+def _backward(
+    model: Any,
+    window: list[int],
+    generator: torch.Generator,
+    look: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = None,
+) -> torch.Tensor:
+    """Gradients of the log-likelihood of sampled next tokens; float32 [tokens, hidden], of the
+    vectors that enter the first layer.
+
+    `look` sees the final vectors [some tokens, hidden], the probabilities [some tokens, vocab], and
+    d(logit) / d(raw logit), None without a soft cap.
+    """
+    head: torch.Tensor = model.get_output_embeddings().weight.detach()
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(torch.tensor(window)[None])
+    embedded.requires_grad_(True)
+    hidden = model.model(inputs_embeds=embedded, use_cache=False)[0]
+    final = hidden.detach()[0]
+    gradient = torch.empty_like(final)
+    for part, logits, _ in logits_chunks(final, head, softcap):
+        p = torch.softmax(logits, dim=1)
+        labels = _sample(p, generator)
+        slope = None if softcap is None else 1 - (logits / softcap).square()
+        if look is not None:
+            look(final[part], p, slope)
+        p.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=p.dtype))
+        if slope is not None:
+            p = p * slope
+        gradient[part] = p @ head
+    hidden.backward(gradient[None])
+    assert embedded.grad is not None
+    found: torch.Tensor = embedded.grad[0]
+    return found
 
 
 def _temper(rows: NDArray[np.float64]) -> NDArray[np.float64]:

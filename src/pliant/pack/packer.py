@@ -23,6 +23,7 @@ from pliant.pack.calibrate import (
     Importance,
     Windows,
     calibrate,
+    gather_kv,
     read_documents,
     token_windows,
 )
@@ -34,6 +35,7 @@ from pliant.pack.describe import (
     matrix_names,
     vector_names,
 )
+from pliant.pack.echoes import echo_windows
 from pliant.pack.kv import KvMoments, make_kv
 from pliant.pack.kv import moment_bytes as kv_moment_bytes
 from pliant.pack.moments import gather_moments, moment_bytes
@@ -215,6 +217,13 @@ def pack(
             kv=kv,
             progress=lambda done, of: report.update("calibration", done / of),
         )
+        gather_kv(
+            network,
+            _echoes(text, tokenizer, tokens, bos if add_bos else None, seed),
+            kv,
+            seed=seed,
+            progress=lambda done, of: report.update("calibration of KV", done / of),
+        )
         kv_coding = make_kv(kv)
         del kv
         moments: dict[str, torch.Tensor] = {}
@@ -284,6 +293,13 @@ def _windows(
     # A text of one window has nothing to hold out.
     held = windows[-_HELD_OUT:] if len(windows) > _HELD_OUT else windows[-1:]
     return windows[: -len(held)] or windows, held
+
+
+def _echoes(text: str, tokenizer: Any, tokens: int, bos: int | None, seed: int) -> Windows:
+    """As many tokens as there are of the text."""
+    prose = [body for kind, body in read_documents(text) if kind in ("prose", "text")]
+    count = max(1, tokens // _WINDOW)
+    return echo_windows(tokenizer, prose, count=count, length=_WINDOW, bos=bos, seed=seed)
 
 
 def _join(documents: Sequence[tuple[str, str]]) -> str:
