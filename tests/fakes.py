@@ -37,7 +37,9 @@ class FakeExecutor:
     kv_page_tokens = PAGE_TOKENS
     kv_page_bytes = KV_PAGE
     kv_rung_bytes = ()
-    kv_stored_bytes = (KV_PAGE,)
+    kv_global_bytes = (KV_PAGE,)
+    kv_local_age = 0
+    kv_stored_bytes = ((KV_PAGE,), (KV_PAGE,))
     threads = 1
     isa = "fake"
 
@@ -144,6 +146,13 @@ class FakeExecutor:
     def page_rungs(self, pages: list[int]) -> list[int]:
         return [0] * len(pages)
 
+    def page_whole(self, pages: list[int]) -> list[bool]:
+        return [True] * len(pages)
+
+    def set_kv_ages(self, seen: list[int], kept: list[int], whole: int | None = None) -> None:
+        assert not any(seen + kept)
+        assert whole is None
+
     def pages(self, seq: int) -> list[int]:
         return [seq * 10_000 + page for page in range(-(-len(self.sequences[seq]) // PAGE_TOKENS))]
 
@@ -182,8 +191,16 @@ class FakeExecutor:
         tokens = self.sequences[seq][page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS]
         into[:] = np.resize(np.array([*tokens, *[0] * (160 - len(tokens))], "<i4").view("u1"), 640)
 
-    def put_page(self, seq: int, tokens: int, from_: npt.NDArray[np.uint8], rungs: int = 0) -> None:
+    def put_page(
+        self,
+        seq: int,
+        tokens: int,
+        from_: npt.NDArray[np.uint8],
+        rungs: int = 0,
+        whole: bool = True,
+    ) -> None:
         assert rungs == 0
+        assert whole
         assert len(self.sequences[seq]) % PAGE_TOKENS == 0
         self.sequences[seq] += from_.view("<i4")[:tokens].tolist()
 

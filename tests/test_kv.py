@@ -22,6 +22,7 @@ from pliant import _core
 from pliant.engine.build import RungFiles, build_executor
 from pliant.engine.kv_quality import Caches, kv_quality
 from pliant.errors import BudgetError, EngineError, FormatError, UsageError
+from pliant.memory.kv_ages import Form
 from pliant.memory.plan import PackSizes, Wish, kv_levels, make_plan
 from pliant.store import Pack
 from test_executor import Logits, build, relative, some_ids
@@ -176,7 +177,8 @@ def test_dropping_rungs_is_having_coded_fewer(path: Path) -> None:
 
 def page(executor: _core.Executor, sequence: int, number: int) -> bytes:
     found = executor.pages(sequence)[number]
-    data = np.empty(executor.kv_stored_bytes[executor.page_rungs([found])[0]], np.uint8)
+    stored = executor.kv_stored_bytes[executor.page_whole([found])[0]]
+    data = np.empty(stored[executor.page_rungs([found])[0]], np.uint8)
     executor.take_page(found, data)
     return data.tobytes()
 
@@ -207,7 +209,7 @@ def test_pages_go_and_come_back(path: Path) -> None:
         executor.put_page(second, min(PAGE, 100 - number * PAGE), data, rungs)
     expected = feed(executor, first, ids[100:], [1])
     np.testing.assert_array_equal(feed(executor, second, ids[100:], [1]), expected)
-    third, size = executor.open_sequence(), executor.kv_stored_bytes[4]
+    third, size = executor.open_sequence(), executor.kv_stored_bytes[True][4]
     for tokens, rungs, count in ((32, 0, executor.kv_page_bytes), (5, 4, size), (32, 99, size)):
         with pytest.raises(UsageError):
             executor.put_page(third, tokens, np.zeros(count, np.uint8), rungs)
@@ -419,7 +421,8 @@ def test_a_parked_session_comes_back_with_what_the_level_allows(
             session.feed(ids)
             park(model, session)
             executor.set_kv_ages([2], [2])
-            monkeypatch.setattr(model._holdings.cache, "_rungs", lambda *_: lambda number: 2)
+            two = Form(2, whole=True)
+            monkeypatch.setattr(model._holdings.cache, "_forms", lambda *_: lambda number: two)
             found = session.feed([7])
             assert executor.page_rungs(executor.pages(session.sequence)) == [2] * 6 + [0]
         schedule = model._sizes.schedule(level)

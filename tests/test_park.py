@@ -24,11 +24,14 @@ from pliant.engine.page_folder import PageFolder
 from pliant.engine.sampling import Sampling
 from pliant.engine.scheduler import Counters, Scheduler
 from pliant.errors import UsageError
+from pliant.memory.kv_ages import Form
 from test_scheduler import Desk
 from tiny import write_tiny_pack
 
 PAGE = 32
 STORED = (640, 100, 170)
+EXACT = Form(0, whole=True)
+KINDS = (STORED, STORED)  # no layer has a window
 ORIGIN = bytes(range(16))
 
 
@@ -250,7 +253,7 @@ def test_a_level_that_falls_spoils_no_page(tiny: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> PageFolder:
-    return PageFolder(tmp_path / "pages", 10_000, ORIGIN, STORED)
+    return PageFolder(tmp_path / "pages", 10_000, ORIGIN, KINDS)
 
 
 def content(rungs: int, seed: int = 0) -> Any:
@@ -259,21 +262,23 @@ def content(rungs: int, seed: int = 0) -> Any:
 
 def put(folder: PageFolder, number: int, rungs: int = 2, used: int | None = None) -> bytes:
     key = number.to_bytes(16, "big")
-    assert folder.write(key, rungs, content(rungs, number), used or time.time_ns())
+    assert folder.write(
+        key, Form(rungs, whole=True), content(rungs, number), used or time.time_ns()
+    )
     return key
 
 
 def test_pages_are_found_by_another_reader(folder: PageFolder) -> None:
     key = put(folder, 1)
-    other = PageFolder(folder.path, 10_000, ORIGIN, STORED)
-    assert other.bytes == folder.bytes == 170 + 56 + 16
+    other = PageFolder(folder.path, 10_000, ORIGIN, KINDS)
+    assert other.bytes == folder.bytes == 170 + 60 + 16
     for most, rungs in ((1, 1), (2, 2), (3, 2)):
         found = other.read(key, most)
         assert found is not None
-        assert found[0] == rungs
+        assert found[0] == Form(rungs, whole=True)
         assert np.array_equal(found[1], content(2, 1)[: STORED[rungs]])
     assert other.read(bytes(16), 2) is None
-    assert PageFolder(folder.path, 10_000, bytes(16), STORED).read(key, 2) is None
+    assert PageFolder(folder.path, 10_000, bytes(16), KINDS).read(key, 2) is None
     assert not other.broken
 
 
@@ -282,7 +287,7 @@ def test_the_limit_holds_and_the_oldest_go_first(folder: PageFolder) -> None:
     keys = [put(folder, n, used=now + n) for n in range(38)]
     for key in keys[:3]:
         assert folder.touch(key, now + 1000)
-    other = PageFolder(folder.path, 10_000, ORIGIN, STORED)
+    other = PageFolder(folder.path, 10_000, ORIGIN, KINDS)
     for n in range(38, 200):
         keys.append(put(folder if n % 2 else other, n, used=now + n))
         total = sum(file.stat().st_size for file in folder.path.iterdir())
@@ -292,23 +297,25 @@ def test_the_limit_holds_and_the_oldest_go_first(folder: PageFolder) -> None:
             assert not folder.has(keys[4])
             assert not folder.touch(keys[4], now)
     assert folder.has(keys[-1])
-    assert not folder.write(b"x" * 16, 0, np.zeros(640, np.uint8), now) or folder.bytes <= 10_000
-    small = PageFolder(folder.path, 300, ORIGIN, STORED)
+    assert (
+        not folder.write(b"x" * 16, EXACT, np.zeros(640, np.uint8), now) or folder.bytes <= 10_000
+    )
+    small = PageFolder(folder.path, 300, ORIGIN, KINDS)
     assert len(list(folder.path.iterdir())) <= 1
-    assert not small.write(b"x" * 16, 0, np.zeros(640, np.uint8), now)
+    assert not small.write(b"x" * 16, EXACT, np.zeros(640, np.uint8), now)
 
 
 def test_what_is_not_ours_stays_and_is_not_counted(folder: PageFolder) -> None:
     (folder.path / "notes.txt").write_bytes(b"x" * 50_000)
-    (folder.path / f"{'0' * 32}-{'1' * 32}.kv2").write_bytes(b"x" * 50_000)
+    (folder.path / f"{'0' * 32}-{'1' * 32}.kv3").write_bytes(b"x" * 50_000)
     old, new = (folder.path / f".1-{digit * 16}.tmp" for digit in "12")
     for file in (old, new):
         file.write_bytes(b"x" * 50_000)
     os.utime(old, (0, 0))
-    again = PageFolder(folder.path, 10_000, ORIGIN, STORED)
+    again = PageFolder(folder.path, 10_000, ORIGIN, KINDS)
     assert again.bytes == 0
     put(again, 1)
-    assert sorted(file.suffix for file in folder.path.iterdir()) == [".kv1", ".kv2", ".tmp", ".txt"]
+    assert sorted(file.suffix for file in folder.path.iterdir()) == [".kv2", ".kv3", ".tmp", ".txt"]
 
 
 @pytest.mark.parametrize("how", ["short", "long", "bit", "empty", "rungs", "other", "link", "pipe"])
@@ -317,7 +324,7 @@ def test_broken_files_are_removed_and_told_once(
 ) -> None:
     keys = [put(folder, n) for n in range(3)]
     for key in keys:
-        path = folder.path / f"{ORIGIN.hex()}-{key.hex()}.kv1"
+        path = folder.path / f"{ORIGIN.hex()}-{key.hex()}.kv2"
         data = path.read_bytes()
         if how in ("link", "pipe"):
             path.unlink()
@@ -328,7 +335,7 @@ def test_broken_files_are_removed_and_told_once(
                 secret.write_bytes(data)
                 path.symlink_to(secret)
         elif how == "other":
-            path.write_bytes((folder.path / f"{ORIGIN.hex()}-{keys[2].hex()}.kv1").read_bytes())
+            path.write_bytes((folder.path / f"{ORIGIN.hex()}-{keys[2].hex()}.kv2").read_bytes())
         elif how != "rungs":
             half = len(data) // 2
             path.write_bytes({
@@ -355,7 +362,9 @@ def test_a_full_disk_is_no_error(
 
     monkeypatch.setattr("pliant.engine.page_folder.write_page", full)
     for number in range(3):
-        assert not folder.write(bytes([number] * 16), 2, content(2), time.time_ns())
+        assert not folder.write(
+            bytes([number] * 16), Form(2, whole=True), content(2), time.time_ns()
+        )
     assert not list(folder.path.iterdir())
     assert [record.getMessage() for record in caplog.records] == [
         f"pages cannot be written to {folder.path}: No space left on device"
@@ -396,10 +405,10 @@ def test_folders_that_others_can_open_are_refused(tmp_path: Path) -> None:
     where = tmp_path / "open"
     where.mkdir(mode=0o755)
     with pytest.raises(UsageError, match="chmod 700"):
-        PageFolder(where, 1000, ORIGIN, STORED)
+        PageFolder(where, 1000, ORIGIN, KINDS)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be used"):
-        PageFolder(tmp_path / "file", 1000, ORIGIN, STORED)
+        PageFolder(tmp_path / "file", 1000, ORIGIN, KINDS)
 
 
 def test_options(tiny: Path, tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from pliant.codec.tree import LEVELS
 from pliant.engine.parked_page import Label, ParkedPage, header_bytes, part_sizes, write_page
 from pliant.engine.parking import Parked
 from pliant.errors import ChecksumError, FormatError, UsageError
+from pliant.memory.kv_ages import Form
 from pliant.store import Pack
 from test_executor import some_ids
 from test_kv import PAGE, SHAPES, coded, feed, page
 
 STORED = (640, 100, 170, 230, 300)
+KINDS = ((500, 60, 130, 180, 250), STORED)
 LABEL = Label(bytes(range(16)), bytes(range(16, 32)))
 
 
@@ -55,7 +57,7 @@ def test_what_is_stored_is_what_the_document_says(path: Path) -> None:
     feed(executor, sequence, some_ids(model.vocab, 40), [40])
     codes = heads * 2 * groups * PAGE
     plies = np.cumsum(kv.rungs)
-    assert executor.kv_stored_bytes == [
+    assert executor.kv_stored_bytes[True] == [
         executor.kv_page_bytes, *(codes + 128 * plies).tolist()
     ]  # fmt: skip
     whole = page(executor, sequence, 0)
@@ -70,7 +72,7 @@ def test_a_page_with_fewer_rungs_is_the_beginning_of_it(path: Path) -> None:
     sequence = executor.open_sequence()
     feed(executor, sequence, some_ids(Pack.open(path).manifest.model.vocab, 40), [40])
     whole = np.frombuffer(page(executor, sequence, 0), np.uint8)
-    stored = executor.kv_stored_bytes
+    stored = executor.kv_stored_bytes[True]
     most = len(stored) - 1
     ids = np.array([1], np.int32)
     for first in range(1, most + 1):
@@ -99,7 +101,10 @@ def test_pages_do_not_get_what_they_may_not_have(path: Path) -> None:
     executor = coded(path)
     sequence = executor.open_sequence()
     feed(executor, sequence, some_ids(Pack.open(path).manifest.model.vocab, 40), [40])
-    stored, whole = executor.kv_stored_bytes, np.frombuffer(page(executor, sequence, 0), np.uint8)
+    stored, whole = (
+        executor.kv_stored_bytes[True],
+        np.frombuffer(page(executor, sequence, 0), np.uint8),
+    )
     executor.set_kv_ages([3], [3])
     full, newest = executor.pages(sequence)
     rest = whole[stored[3] : stored[4]]
@@ -127,21 +132,23 @@ def test_pages_do_not_get_what_they_may_not_have(path: Path) -> None:
 def test_pages_come_back_with_any_number_of_rungs(
     folder: Path, rungs: int, first: int, last: int, before: bytes, data: Any
 ) -> None:
-    tokens = 32 if rungs else data.draw(st.integers(1, 32))
+    form = Form(rungs, data.draw(st.booleans()))
+    stored = KINDS[form.whole]
+    tokens = 32 if rungs or not form.whole else data.draw(st.integers(1, 32))
     label = LABEL if tokens == 32 and data.draw(st.booleans()) else Label(LABEL.origin)
-    content = np.random.default_rng(rungs).integers(0, 256, STORED[rungs], dtype=np.uint8)
+    content = np.random.default_rng(rungs).integers(0, 256, stored[rungs], dtype=np.uint8)
     with (folder / "page").open("w+b") as file:
         number = file.fileno()
         os.write(number, before)
-        write_page(number, label, STORED, tokens, rungs, content)
-        found = ParkedPage(number, len(before), label, STORED)
-        assert (found.rungs, found.tokens) == (rungs, tokens)
-        assert found.bytes == header_bytes(rungs) + STORED[rungs]
+        write_page(number, label, KINDS, tokens, form, content)
+        found = ParkedPage(number, len(before), label, KINDS)
+        assert (found.form, found.tokens) == (form, tokens)
+        assert found.bytes == header_bytes(rungs) + stored[rungs]
         assert file.seek(0, os.SEEK_END) == len(before) + found.bytes
         assert np.array_equal(found.read(), content)
         if rungs:
             above, most = sorted((first, last))
-            ends = (0, *STORED[1:])
+            ends = (0, *stored[1:])
             part = found.read(most, above=above) if above < rungs else np.empty(0, np.uint8)
             assert np.array_equal(part, content[ends[above] : ends[min(most, rungs)]])
 
@@ -149,16 +156,17 @@ def test_pages_come_back_with_any_number_of_rungs(
 def test_the_header_is_that_of_the_document(folder: Path) -> None:
     content = np.arange(170, dtype=np.uint8)
     with (folder / "page").open("w+b") as file:
-        write_page(file.fileno(), LABEL, STORED, 32, 2, content)
+        write_page(file.fileno(), LABEL, KINDS, 32, Form(2, whole=True), content)
     head = (folder / "page").read_bytes()
-    assert head[:52] == (
-        b"PLIANTKV" + struct.pack("<II", 1, 2) + LABEL.origin + LABEL.key + struct.pack("<I", 32)
-    )
+    assert head[:56] == (
+        b"PLIANTKV" + struct.pack("<II", 2, 2) + LABEL.origin + LABEL.key
+        + struct.pack("<II", 32, 1)
+    )  # fmt: skip
     crcs = [zlib.crc32(content[:100]), zlib.crc32(content[100:])]
-    assert head[52:68] == struct.pack("<IIII", 100, crcs[0], 70, crcs[1])
-    assert head[68:72] == struct.pack("<I", zlib.crc32(head[:68]))
-    assert head[72:] == content.tobytes()
-    assert part_sizes(STORED, 2) == [100, 70]
+    assert head[56:72] == struct.pack("<IIII", 100, crcs[0], 70, crcs[1])
+    assert head[72:76] == struct.pack("<I", zlib.crc32(head[:72]))
+    assert head[76:] == content.tobytes()
+    assert part_sizes(KINDS, Form(2, whole=True)) == [100, 70]
 
 
 def changed(at: int, value: bytes, *, signed: bool = True) -> Any:
@@ -167,7 +175,7 @@ def changed(at: int, value: bytes, *, signed: bool = True) -> Any:
     def change(data: bytearray) -> bytearray:
         data[at : at + len(value)] = value
         if signed:
-            data[76:80] = struct.pack("<I", zlib.crc32(data[:76]))
+            data[80:84] = struct.pack("<I", zlib.crc32(data[:80]))
         return data
 
     return change
@@ -177,7 +185,8 @@ def changed(at: int, value: bytes, *, signed: bool = True) -> Any:
     ("change", "message"),
     [
         (changed(0, b"PLIANTKW"), "no parked page"),
-        (changed(8, b"\2"), "version is 2"),
+        (changed(8, b"\1"), "version is 1"),
+        (changed(8, b"\3"), "version is 3"),
         (changed(12, struct.pack("<I", 5)), "5 rungs"),
         (changed(12, struct.pack("<I", 2**32 - 1)), "4294967295 rungs"),
         (changed(12, struct.pack("<I", 2)), "header"),
@@ -186,9 +195,11 @@ def changed(at: int, value: bytes, *, signed: bool = True) -> Any:
         (changed(48, b"\0"), "tokens"),
         (changed(48, b"\37"), "tokens"),
         (changed(48, b"\41"), "tokens"),
-        (changed(52, struct.pack("<I", 2**31)), "size"),
-        (changed(60, struct.pack("<I", 71)), "size"),
-        (changed(62, b"x", signed=False), "header"),
+        (changed(52, b"\2"), "kind 2"),
+        (changed(52, b"\0"), "size"),
+        (changed(56, struct.pack("<I", 2**31)), "size"),
+        (changed(64, struct.pack("<I", 71)), "size"),
+        (changed(66, b"x", signed=False), "header"),
         (lambda data: data[:50], "ends"),
         (lambda data: data[:70], "header"),
         (lambda data: data[:0], "ends"),
@@ -197,18 +208,18 @@ def changed(at: int, value: bytes, *, signed: bool = True) -> Any:
 )
 def test_headers_that_are_not_so_are_refused(folder: Path, change: Any, message: str) -> None:
     with (folder / "page").open("w+b") as file:
-        write_page(file.fileno(), LABEL, STORED, 32, 3, np.zeros(230, np.uint8))
+        write_page(file.fileno(), LABEL, KINDS, 32, Form(3, whole=True), np.zeros(230, np.uint8))
     (folder / "page").write_bytes(change(bytearray((folder / "page").read_bytes())))
     with (folder / "page").open("rb") as file, pytest.raises(FormatError, match=message):
-        ParkedPage(file.fileno(), 0, LABEL, STORED)
+        ParkedPage(file.fileno(), 0, LABEL, KINDS)
 
 
 def test_damage_is_noticed_in_the_rung_that_has_it(folder: Path) -> None:
     content = np.arange(230, dtype=np.uint8)
     with (folder / "page").open("w+b") as file:
-        write_page(file.fileno(), LABEL, STORED, 32, 3, content)
+        write_page(file.fileno(), LABEL, KINDS, 32, Form(3, whole=True), content)
         os.pwrite(file.fileno(), b"\xff", header_bytes(3) + 120)
-        found = ParkedPage(file.fileno(), 0, LABEL, STORED)
+        found = ParkedPage(file.fileno(), 0, LABEL, KINDS)
         assert np.array_equal(found.read(1), content[:100])
         assert np.array_equal(found.read(3, above=2), content[170:])
         for most, above in ((2, 0), (3, 0), (2, 1)):
@@ -224,7 +235,7 @@ def test_damage_is_noticed_in_the_rung_that_has_it(folder: Path) -> None:
 def test_any_bytes_are_refused(folder: Path, data: bytes) -> None:
     (folder / "page").write_bytes(data)
     with (folder / "page").open("rb") as file, pytest.raises(FormatError):
-        ParkedPage(file.fileno(), 0, LABEL, STORED)
+        ParkedPage(file.fileno(), 0, LABEL, KINDS)
 
 
 # --- sessions
@@ -232,18 +243,19 @@ def test_any_bytes_are_refused(folder: Path, data: bytes) -> None:
 
 def test_a_session_is_page_after_page(folder: Path) -> None:
     pages = [np.full(size, number, np.uint8) for number, size in enumerate((230, 170, 640))]
-    parked = Parked(STORED)
+    parked = Parked(KINDS)
     for tokens, rungs, data in ((32, 3, pages[0]), (5, 0, pages[2]), (32, 2, pages[1])):
-        parked.append(tokens, rungs, data)
+        parked.append(tokens, Form(rungs, whole=True), data)
     parked.cut(1)
-    parked.append(32, 2, pages[1])
-    parked.append(7, 0, pages[2])
+    parked.append(32, Form(2, whole=True), pages[1])
+    parked.append(7, Form(0, whole=True), pages[2])
     assert not list(folder.iterdir())
     assert len(parked) == 3
     assert parked.bytes == 230 + 170 + 640 + sum(map(header_bytes, (3, 2, 0)))
     for number, (rungs, tokens) in enumerate(((3, 32), (2, 32), (0, 7))):
         found = parked.page(number)
-        assert (found.rungs, found.tokens) == (rungs, tokens)
+        assert (found.form, found.tokens) == (Form(rungs, whole=True), tokens)
+        assert parked.form(number) == found.form
         assert np.array_equal(found.read(), pages[number])
     os.pwrite(parked._descriptor, b"\xff", 5)
     with pytest.raises(FormatError):
@@ -258,7 +270,7 @@ def test_the_core_gives_exact_pages_as_they_are(path: Path) -> None:
     sequence = executor.open_sequence()
     feed(executor, sequence, [1] * 20, [20])
     newest = page(executor, sequence, 0)
-    assert len(newest) == executor.kv_page_bytes == executor.kv_stored_bytes[0]
+    assert len(newest) == executor.kv_page_bytes == executor.kv_stored_bytes[True][0]
     other = executor.open_sequence()
     executor.put_page(other, 20, np.frombuffer(newest, np.uint8))
     assert page(executor, other, 0) == newest
@@ -292,9 +304,11 @@ def test_a_page_is_decoded_by_the_document(path: Path) -> None:
         turn = np.block([[turn, turn], [turn, -turn]])
     stride = -(-size // 16) * 16
     halves = pages[1].view(np.float16)[: heads * PAGE * (size + stride)].reshape(heads, -1)
+    places = np.argsort([window > 0 for window in model.layer_window], kind="stable").tolist()
     for head, (layer, number) in enumerate(np.ndindex(model.layers, model.kv_heads)):
-        keys = halves[head, : size * PAGE].reshape(size, PAGE)
-        values = halves[head, size * PAGE :].reshape(PAGE, stride)[:, :size].T
+        place = places.index(layer) * model.kv_heads + number
+        keys = halves[place, : size * PAGE].reshape(size, PAGE)
+        values = halves[place, size * PAGE :].reshape(PAGE, stride)[:, :size].T
         for kind, due in enumerate((keys, values)):
             found = np.zeros((groups * 64, PAGE))
             for half in range(2 * groups):

@@ -114,7 +114,7 @@ def slow(model: pliant.Model, pages: int, rungs: int, exact: int = 1) -> None:
     """Lets reading be so slow that only so many rungs of so many pages come in time, and `exact`
     pages that are not coded."""
     park: Any = model._holdings.cache.park
-    stored = model._executor.kv_stored_bytes
+    stored = model._executor.kv_stored_bytes[True]
     disk: Disk = park._clock
     disk.rate = (pages * stored[rungs] + exact * stored[0]) / RESUME
     park.rates = AlwaysRead(disk.rate)
@@ -137,9 +137,9 @@ def rungs(model: pliant.Model, session: pliant.Session) -> list[int]:
 def contents(model: pliant.Model, session: pliant.Session, count: int) -> list[bytes]:
     found = []
     for number in model._executor.pages(session.sequence)[:count]:
-        data = np.empty(model._executor.kv_stored_bytes[0], np.uint8)
+        data = np.empty(model._executor.kv_stored_bytes[True][0], np.uint8)
         form = model._executor.page_rungs([number])[0]
-        data = data[: model._executor.kv_stored_bytes[form]]
+        data = data[: model._executor.kv_stored_bytes[True][form]]
         model._executor.take_page(number, data)
         found.append(data.tobytes())
     return found

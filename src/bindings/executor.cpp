@@ -144,11 +144,12 @@ nb::object step_states(Executor& self, const std::vector<int>& sequences,
 }
 
 // UsageError unless `bytes` is what a stored page has of the rungs behind `before`, up to `rungs`.
-void check_stored(const Executor& self, int rungs, int before, size_t bytes) {
+void check_stored(const Executor& self, int rungs, bool whole, int before, size_t bytes) {
     const KvCache& kv = self.kv;
     if (rungs < 0 || rungs > std::max(kv.ladder.rungs(), 0) || (before > 0 && rungs <= before))
         throw UsageError("there is no KV page of " + std::to_string(rungs) + " rungs");
-    const uint64_t due = kv.stored_bytes(rungs) - (before > 0 ? kv.stored_bytes(before) : 0);
+    const uint64_t due =
+        kv.stored_bytes(rungs, whole) - (before > 0 ? kv.stored_bytes(before, whole) : 0);
     if (bytes != due) throw UsageError("this takes " + std::to_string(due) + " bytes of a KV page");
 }
 
@@ -267,6 +268,14 @@ void init_executor(nb::module_& module) {
              })
         .def_prop_ro("kv_page_tokens", [](const Executor&) { return kPageTokens; })
         .def_prop_ro("kv_page_bytes", [](const Executor& self) { return self.kv.page_bytes(); })
+        .def_prop_ro("kv_local_age", [](const Executor& self) { return self.kv.local_age(); })
+        .def_prop_ro("kv_global_bytes",
+                     [](const Executor& self) {
+                         std::vector<uint64_t> bytes{self.kv.page_bytes(false)};
+                         for (int i = 1; i <= self.kv.ladder.rungs(); ++i)
+                             bytes.push_back(self.kv.ladder.bytes(i, false));
+                         return bytes;
+                     })
         .def_prop_ro("kv_pages_total", [](const Executor& self) { return self.kv.pages_total(); })
         .def_prop_ro(
             "kv_pages_used",
@@ -281,10 +290,10 @@ void init_executor(nb::module_& module) {
                      })
         .def(
             "set_kv_ages",
-            [](Executor& self, const std::vector<uint8_t>& seen, const std::vector<uint8_t>& kept) {
-                self.kv.set_ages(seen, kept);
-            },
-            nb::arg("seen"), nb::arg("kept"), nb::call_guard<nb::gil_scoped_release>())
+            [](Executor& self, const std::vector<uint8_t>& seen, const std::vector<uint8_t>& kept,
+               std::optional<int> whole) { self.kv.set_ages(seen, kept, whole.value_or(-1)); },
+            nb::arg("seen"), nb::arg("kept"), nb::arg("whole") = nb::none(),
+            nb::call_guard<nb::gil_scoped_release>())
         .def(
             "limit_kv",
             [](Executor& self, uint64_t bytes) {
@@ -329,9 +338,20 @@ void init_executor(nb::module_& module) {
             },
             nb::arg("pages"))
         .def(
+            "page_whole",
+            [](const Executor& self, const std::vector<int>& pages) {
+                self.kv.check_used(pages);
+                std::vector<bool> whole;
+                for (int page : pages) whole.push_back(self.kv.whole(page));
+                return whole;
+            },
+            nb::arg("pages"))
+        .def(
             "shallow",
-            [](Executor& self, int page, int rungs) { return self.kv.shallow(page, rungs); },
-            nb::arg("page"), nb::arg("rungs"))
+            [](Executor& self, int page, int rungs, bool whole) {
+                return self.kv.shallow(page, rungs, whole);
+            },
+            nb::arg("page"), nb::arg("rungs"), nb::arg("whole") = true)
         .def(
             "reserve_kv", [](Executor& self, int pages) { self.kv.reserve(pages); },
             nb::arg("pages"))
@@ -367,10 +387,10 @@ void init_executor(nb::module_& module) {
             nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("kv_stored_bytes",
                      [](const Executor& self) {
-                         std::vector<uint64_t> bytes;
-                         for (int i = 0; i <= self.kv.ladder.rungs(); ++i)
-                             bytes.push_back(self.kv.stored_bytes(i));
-                         if (bytes.empty()) bytes.push_back(self.kv.page_bytes());
+                         std::vector<std::vector<uint64_t>> bytes(2);
+                         for (const bool whole : {false, true})
+                             for (int i = 0; i <= std::max(self.kv.ladder.rungs(), 0); ++i)
+                                 bytes[whole].push_back(self.kv.stored_bytes(i, whole));
                          return bytes;
                      })
         .def(
@@ -378,26 +398,29 @@ void init_executor(nb::module_& module) {
             [](const Executor& self, int page,
                nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& into) {
                 self.kv.check_used({page});
-                check_stored(self, self.kv.coded(page) ? self.kv.rungs(page) : 0, 0, into.shape(0));
+                check_stored(self, self.kv.coded(page) ? self.kv.rungs(page) : 0,
+                             self.kv.whole(page), 0, into.shape(0));
                 self.kv.store(page, into.data());
             },
             nb::arg("page"), nb::arg("into"))
         .def(
             "put_page",
-            [](Executor& self, int sequence, int tokens, const Array1<uint8_t>& from, int rungs) {
-                check_stored(self, rungs, 0, from.shape(0));
-                self.kv.append(sequence, tokens, rungs, from.data());
+            [](Executor& self, int sequence, int tokens, const Array1<uint8_t>& from, int rungs,
+               bool whole) {
+                check_stored(self, rungs, whole, 0, from.shape(0));
+                self.kv.append(sequence, tokens, rungs, whole, from.data());
             },
-            nb::arg("seq"), nb::arg("tokens"), nb::arg("from_"), nb::arg("rungs") = 0)
+            nb::arg("seq"), nb::arg("tokens"), nb::arg("from_"), nb::arg("rungs") = 0,
+            nb::arg("whole") = true)
         .def(
             "deepen_page",
-            [](Executor& self, int page, const Array1<uint8_t>& from, int rungs) {
+            [](Executor& self, int page, const Array1<uint8_t>& from, int rungs, bool whole) {
                 self.kv.check_used({page});
-                check_stored(self, rungs, self.kv.coded(page) ? self.kv.rungs(page) : 0,
+                check_stored(self, rungs, whole, self.kv.coded(page) ? self.kv.rungs(page) : 0,
                              from.shape(0));
-                self.kv.deepen(page, rungs, from.data());
+                self.kv.deepen(page, rungs, from.data(), whole);
             },
-            nb::arg("page"), nb::arg("from_"), nb::arg("rungs"))
+            nb::arg("page"), nb::arg("from_"), nb::arg("rungs"), nb::arg("whole") = true)
         .def("step", &step_logits, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"),
              nb::arg("want"), nb::kw_only(), nb::arg("whole") = true)
         .def("states", &step_states, nb::arg("seqs"), nb::arg("counts"), nb::arg("tokens"),

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <string>
 
 #include "error.h"
@@ -15,15 +16,23 @@ int pages_of(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
 
 KvCache::KvCache(const ModelSpec& model)
     : ladder(model),
-      layers_(model.layers),
       kv_heads_(model.kv_heads),
       head_dim_(model.head_dim),
-      value_stride_((model.head_dim + 15) / 16 * 16) {
+      value_stride_((model.head_dim + 15) / 16 * 16),
+      place_(static_cast<size_t>(model.layers)) {
     key_halves_ = static_cast<size_t>(head_dim_) * kPageTokens;
     head_halves_ = key_halves_ + static_cast<size_t>(value_stride_) * kPageTokens;
-    const uint64_t bytes = static_cast<uint64_t>(layers_) * static_cast<uint64_t>(kv_heads_) *
-                           head_halves_ * sizeof(uint16_t);
-    page_bytes_ = (bytes + 4095) / 4096 * 4096;
+    const KvLayers layers(model);
+    window_ = layers.window;
+    for (int i = 0; i < model.layers; ++i)
+        place_[static_cast<size_t>(layers.order[static_cast<size_t>(i)])] = i;
+    const auto bytes = [&](int count) {
+        const uint64_t exact = static_cast<uint64_t>(count) * static_cast<uint64_t>(kv_heads_) *
+                               head_halves_ * sizeof(uint16_t);
+        return (exact + 4095) / 4096 * 4096;
+    };
+    page_bytes_ = bytes(model.layers);
+    global_bytes_ = bytes(layers.global);
 }
 
 void KvCache::reserve(int pages) {
@@ -34,50 +43,60 @@ void KvCache::reserve(int pages) {
                               : Arena();
     pages_ = pages;
     const size_t count = static_cast<size_t>(pages);
-    touched_.assign(count, false);
-    touched_rungs_.assign(count, -1);
+    touched_.assign(count, 0);
+    slot_touched_.assign(count, 0);
     users_.assign(count, 0);
     exact_.assign(count, -1);
     rungs_.assign(count, 0);
+    whole_.assign(count, true);
     free_.resize(count);
     for (int i = 0; i < pages; ++i) free_[static_cast<size_t>(i)] = pages - 1 - i;  // lowest on top
     halves_ = free_;
     used_ = 0;
-    if (seen_.empty() && ladder.present()) seen_ = kept_ = {static_cast<uint8_t>(ladder.rungs())};
+    if (seen_.empty())
+        seen_ = kept_ = {static_cast<uint8_t>(ladder.present() ? ladder.rungs() : 0)};
 }
 
-void KvCache::set_ages(std::vector<uint8_t> seen, std::vector<uint8_t> kept) {
-    if (!ladder.present()) throw UsageError("this model keeps its KV cache exact");
+void KvCache::set_ages(std::vector<uint8_t> seen, std::vector<uint8_t> kept, int whole) {
     if (seen.empty() || seen.size() != kept.size() || seen[0] != kept[0])
         throw UsageError("the rungs that are seen and kept are not for the same ages");
+    const int least = ladder.present() ? 1 : 0, most = ladder.present() ? ladder.rungs() : 0;
     for (size_t i = 0; i < seen.size(); ++i)
-        if (seen[i] < 1 || seen[i] > kept[i] || kept[i] > ladder.rungs() ||
+        if (seen[i] < least || seen[i] > kept[i] || kept[i] > most ||
             (i > 0 && (seen[i] > seen[i - 1] || kept[i] > kept[i - 1])))
-            throw UsageError("a KV page has 1 to " + std::to_string(ladder.rungs()) +
-                             " rungs, and never more when it is older");
+            throw UsageError("a KV page has " + std::to_string(least) + " to " +
+                             std::to_string(most) + " rungs, and never more when it is older");
+    if (whole < -1 || (whole >= 0 && whole < local_age()))
+        throw UsageError("local layers see pages up to the age " + std::to_string(local_age()) +
+                         ", and not " + std::to_string(whole));
     seen_ = std::move(seen);
     kept_ = std::move(kept);
+    kept_whole_ = window_ > 0 ? whole : -1;
     settle();
 }
 
-void KvCache::fit() {
-    if (limit_ == 0) return;
+bool KvCache::fit() {
+    if (limit_ == 0) return false;
+    const uint64_t before = used_;
     if (used_ > limit_) settle();
     if (touched_bytes() > limit_) trim();
+    return used_ < before;
 }
 
 void KvCache::settle() {
-    std::vector<uint8_t> needed(static_cast<size_t>(pages_), 0);
-    for (const Sequence& s : sequences_) {
-        const int newest = s.length / kPageTokens;
-        for (int i = 0; i < newest; ++i) {
-            uint8_t& most = needed[static_cast<size_t>(s.pages[static_cast<size_t>(i)])];
-            most = std::max(most, static_cast<uint8_t>(of_age(kept_, i, newest)));
-        }
+    std::vector<int> youngest(static_cast<size_t>(pages_), -1);
+    for (const Sequence& s : sequences_)
+        by_age(s, s.computed, [&](int page, int age) {
+            int& least = youngest[static_cast<size_t>(page)];
+            least = least < 0 ? age : std::min(least, age);
+        });
+    for (int page = 0; page < pages_; ++page) {
+        const int age = youngest[static_cast<size_t>(page)];
+        // With a ladder only coded pages lose something: a step that is given up leaves exact ones.
+        if (age < 0 || coded(page) != ladder.present()) continue;
+        shallow(page, kept_[std::min(static_cast<size_t>(age), kept_.size() - 1)],
+                kept_whole_ < 0 || age <= kept_whole_);
     }
-    for (int page = 0; page < pages_; ++page)
-        if (const int most = needed[static_cast<size_t>(page)]; most > 0 && coded(page))
-            shallow(page, most);
 }
 
 KvCache::Ages KvCache::ages(const std::vector<int>& sequences,
@@ -111,13 +130,13 @@ KvCache::Ages KvCache::ages(const std::vector<int>& sequences,
 int KvCache::open() {
     for (size_t i = 0; i < sequences_.size(); ++i)
         if (!sequences_[i].open) {
-            sequences_[i] = {true, 0, {}};
+            sequences_[i] = {true, 0, 0, {}};
             return static_cast<int>(i);
         }
     if (sequences_.size() >= kMaxSequences)
         throw EngineError("more than " + std::to_string(kMaxSequences) +
                           " sequences are open; close some");
-    sequences_.push_back({true, 0, {}});
+    sequences_.push_back({true, 0, 0, {}});
     return static_cast<int>(sequences_.size()) - 1;
 }
 
@@ -134,9 +153,10 @@ int KvCache::take() {
     free_.pop_back();
     users_[at] = 1;
     rungs_[at] = 0;
+    whole_[at] = true;
     exact_[at] = halves_.back();
     halves_.pop_back();
-    touched_[static_cast<size_t>(exact_[at])] = true;
+    touched_[static_cast<size_t>(exact_[at])] = page_bytes_;
     used_ += page_bytes_;
     return page;
 }
@@ -158,39 +178,51 @@ uint8_t* KvCache::slot(int page) const {
     return slots_.data() + ladder.bytes(ladder.rungs()) * static_cast<uint64_t>(page);
 }
 
-uint64_t KvCache::shallow(int page, int rungs) {
+uint64_t KvCache::shallow(int page, int rungs, bool whole) {
     check_used({page});
     const size_t at = static_cast<size_t>(page);
-    if (rungs < 1) throw UsageError("a KV page keeps at least one rung");
+    const bool is_coded = coded(page);
+    if (rungs < 1 && is_coded) throw UsageError("a KV page keeps at least one rung");
+    const uint64_t before = bytes(page);
+    if (!whole && window_ > 0) whole_[at] = false;
     if (rungs_[at] > rungs) {
-        ladder.shrink(slot(page), rungs_[at], rungs);
-        used_ -= ladder.bytes(rungs_[at]) - ladder.bytes(rungs);
+        ladder.shrink(slot(page), whole_[at], rungs_[at], rungs);
         rungs_[at] = rungs;
     }
-    if (rungs_[at] == 0 || touched_rungs_[at] <= rungs_[at]) return 0;
-    const uint64_t begin = ladder.bytes(rungs_[at]), end = ladder.bytes(touched_rungs_[at]);
-    const uint64_t base = static_cast<uint64_t>(slot(page) - slots_.data());
-    slots_.release(base + begin, base + end);
-    touched_rungs_[at] = rungs_[at];
-    return end - begin;
+    const uint64_t after = bytes(page);
+    used_ -= before - after;
+    uint64_t& touched = is_coded ? slot_touched_[at] : touched_[static_cast<size_t>(exact_[at])];
+    if (touched <= after) return 0;
+    Arena& arena = is_coded ? slots_ : arena_;
+    const uint64_t base =
+        static_cast<uint64_t>((is_coded ? slot(page) : exact(page)) - arena.data());
+    arena.release(base + after, base + touched);
+    const uint64_t given = touched - after;
+    touched = after;
+    return given;
 }
 
 void KvCache::seal(int sequence, int first) {
+    Sequence& s = sequences_[static_cast<size_t>(sequence)];
+    s.computed = s.length;
     if (!ladder.present()) return;
-    const Sequence& s = sequences_[static_cast<size_t>(sequence)];
     for (int i = first; i < s.length / kPageTokens; ++i) {
         const int page = s.pages[static_cast<size_t>(i)];
-        if (!coded(page)) become_coded(page, level());
+        if (!coded(page)) become(page, level(), true);
     }
 }
 
-void KvCache::become_coded(int page, int rungs) {
+void KvCache::become(int page, int rungs, bool whole) {
     const size_t at = static_cast<size_t>(page);
+    used_ -= bytes(page);
     rungs_[at] = rungs;
-    used_ -= page_bytes_ - ladder.bytes(rungs);
-    touched_rungs_[at] = std::max(touched_rungs_[at], rungs);
-    shallow(page, rungs);
-    drop_exact(page);
+    whole_[at] = whole;
+    used_ += bytes(page);
+    if (rungs > 0) {
+        slot_touched_[at] = std::max(slot_touched_[at], bytes(page));
+        drop_exact(page);
+    }
+    shallow(page, rungs, whole);
 }
 
 void KvCache::check_used(const std::vector<int>& pages) const {
@@ -217,7 +249,7 @@ void KvCache::adopt(int sequence, const std::vector<int>& pages) {
     hold(pages);
     Sequence& s = sequences_[static_cast<size_t>(sequence)];
     s.pages = pages;
-    s.length = static_cast<int>(pages.size()) * kPageTokens;
+    s.length = s.computed = static_cast<int>(pages.size()) * kPageTokens;
 }
 
 // Whether the next token goes into a page that others use too.
@@ -235,6 +267,7 @@ void KvCache::close(int sequence) {
 void KvCache::cut(int sequence, int length) {
     Sequence& s = sequences_[static_cast<size_t>(sequence)];
     s.length = length;
+    s.computed = std::min(s.computed, length);
     while (static_cast<int>(s.pages.size()) > pages_of(length)) {
         release(s.pages.back());
         s.pages.pop_back();
@@ -247,6 +280,7 @@ int KvCache::usable(const std::vector<int>& pages) const {
         for (int i = 0; i < count; ++i) {
             const int page = pages[static_cast<size_t>(i)];
             if (coded(page) && rungs(page) < seen(i, count)) return false;
+            if (!whole(page) && age_of(i, count) <= local_age()) return false;
         }
         return true;
     };
@@ -263,12 +297,24 @@ int KvCache::truncate(int sequence, int length) {
     const Sequence& s = sequences_[static_cast<size_t>(sequence)];
     if (length == s.length) return length;
     int full = length / kPageTokens;
-    if (length % kPageTokens != 0 && coded(s.pages[static_cast<size_t>(full)]))
-        length = full * kPageTokens;
+    if (length % kPageTokens != 0) {
+        const int page = s.pages[static_cast<size_t>(full)];
+        if (coded(page) || !whole(page)) length = full * kPageTokens;
+    }
     full = usable({s.pages.begin(), s.pages.begin() + full});
     if (full < length / kPageTokens) length = full * kPageTokens;
     cut(sequence, length);
     return length;
+}
+
+void KvCache::check_seen(int sequence) const {
+    const Sequence& s = get(sequence);
+    by_age(s, s.length, [&](int page, int age) {
+        if (!whole(page) && age <= local_age())
+            throw EngineError("sequence " + std::to_string(sequence) +
+                              " begins with a page that has given up what local layers see of it: "
+                              "truncate the sequence");
+    });
 }
 
 int KvCache::pages_needed(int sequence, int tokens) const {
@@ -291,48 +337,53 @@ void KvCache::extend(int sequence, int tokens) {
 
 uint16_t* KvCache::keys(int sequence, int page, int layer, int head) const {
     const Sequence& s = sequences_[static_cast<size_t>(sequence)];
-    const size_t at = static_cast<size_t>(layer * kv_heads_ + head) * head_halves_;
+    const size_t at =
+        static_cast<size_t>(place_[static_cast<size_t>(layer)] * kv_heads_ + head) * head_halves_;
     return reinterpret_cast<uint16_t*>(exact(s.pages[static_cast<size_t>(page)])) + at;
 }
 
 void KvCache::store(int page, uint8_t* out) const {
     check_used({page});
     if (coded(page))
-        ladder.split(slot(page), rungs(page), out);
+        ladder.split(slot(page), whole(page), rungs(page), out);
     else
-        std::memcpy(out, exact(page), page_bytes_);
+        std::memcpy(out, exact(page), bytes(page));
 }
 
-void KvCache::append(int sequence, int tokens, int rungs, const uint8_t* stored) {
+void KvCache::append(int sequence, int tokens, int rungs, bool whole, const uint8_t* stored) {
     const int before = get(sequence).length;
     if (tokens < 1 || tokens > kPageTokens || before % kPageTokens != 0 ||
         (tokens == kPageTokens && ladder.present() ? rungs < 1 || rungs > ladder.rungs()
-                                                   : rungs != 0))
+                                                   : rungs != 0) ||
+        (!whole && (tokens < kPageTokens || window_ == 0)))
         throw UsageError("a page of " + std::to_string(tokens) + " tokens and " +
                          std::to_string(rungs) + " rungs cannot follow " + std::to_string(before) +
                          " tokens");
     if (pages_free() < 1) throw EngineError("the KV cache has no free page");
     extend(sequence, tokens);
-    const int page = sequences_[static_cast<size_t>(sequence)].pages.back();
-    if (rungs == 0) {
-        std::memcpy(exact(page), stored, page_bytes_);
-        return;
-    }
-    become_coded(page, rungs);
-    ladder.join(slot(page), 0, rungs, stored);
+    Sequence& s = sequences_[static_cast<size_t>(sequence)];
+    s.computed = s.length;
+    const int page = s.pages.back();
+    become(page, rungs, whole);
+    if (rungs > 0)
+        ladder.join(slot(page), whole, 0, rungs, stored, whole);
+    else
+        std::memcpy(exact(page), stored, bytes(page));
 }
 
-void KvCache::deepen(int page, int rungs, const uint8_t* stored) {
+void KvCache::deepen(int page, int rungs, const uint8_t* stored, bool from_whole) {
     check_used({page});
     const size_t at = static_cast<size_t>(page);
-    if (!coded(page) || rungs <= rungs_[at] || rungs > level() || users_[at] != 1)
+    if (!coded(page) || rungs <= rungs_[at] || rungs > level() || users_[at] != 1 ||
+        (whole_[at] && !from_whole))
         throw UsageError("a page of " + std::to_string(rungs_[at]) + " rungs and " +
                          std::to_string(users_[at]) + " users cannot get " + std::to_string(rungs) +
                          " where the level is " + std::to_string(level()));
-    ladder.join(slot(page), rungs_[at], rungs, stored);
-    used_ += ladder.bytes(rungs) - ladder.bytes(rungs_[at]);
+    ladder.join(slot(page), whole_[at], rungs_[at], rungs, stored, from_whole);
+    used_ -= bytes(page);
     rungs_[at] = rungs;
-    touched_rungs_[at] = std::max(touched_rungs_[at], rungs);
+    used_ += bytes(page);
+    slot_touched_[at] = std::max(slot_touched_[at], bytes(page));
 }
 
 uint16_t* KvCache::values(int sequence, int page, int layer, int head) const {
@@ -340,35 +391,30 @@ uint16_t* KvCache::values(int sequence, int page, int layer, int head) const {
 }
 
 uint64_t KvCache::bytes(int page) const {
-    return coded(page) ? ladder.bytes(rungs_[static_cast<size_t>(page)]) : page_bytes_;
+    return coded(page) ? ladder.bytes(rungs_[static_cast<size_t>(page)], whole(page))
+                       : page_bytes(whole(page));
 }
 
 uint64_t KvCache::touched_bytes() const {
-    uint64_t total =
-        page_bytes_ * static_cast<uint64_t>(std::count(touched_.begin(), touched_.end(), true));
-    for (int rungs : touched_rungs_)
-        if (rungs >= 0) total += ladder.bytes(rungs);
-    return total;
+    return std::accumulate(slot_touched_.begin(), slot_touched_.end(),
+                           std::accumulate(touched_.begin(), touched_.end(), uint64_t{0}));
 }
 
 uint64_t KvCache::trim() {
-    uint64_t bytes = 0;
+    uint64_t given = 0;
+    const auto release = [&](Arena& arena, uint64_t begin, uint64_t& touched) {
+        if (touched == 0) return;
+        arena.release(begin, begin + touched);
+        given += touched;
+        touched = 0;
+    };
     for (int half : halves_)
-        if (touched_[static_cast<size_t>(half)]) {
-            const uint64_t begin = page_bytes_ * static_cast<uint64_t>(half);
-            arena_.release(begin, begin + page_bytes_);
-            touched_[static_cast<size_t>(half)] = false;
-            bytes += page_bytes_;
-        }
-    for (int page : free_) {
-        int& rungs = touched_rungs_[static_cast<size_t>(page)];
-        if (rungs < 0) continue;
-        const uint64_t begin = static_cast<uint64_t>(slot(page) - slots_.data());
-        slots_.release(begin, begin + ladder.bytes(rungs));
-        bytes += ladder.bytes(rungs);
-        rungs = -1;
-    }
-    return bytes;
+        release(arena_, page_bytes_ * static_cast<uint64_t>(half),
+                touched_[static_cast<size_t>(half)]);
+    for (int page : free_)
+        release(slots_, static_cast<uint64_t>(slot(page) - slots_.data()),
+                slot_touched_[static_cast<size_t>(page)]);
+    return given;
 }
 
 }  // namespace pliant

@@ -1,6 +1,7 @@
 // The decoder as data: the object `model` of a manifest (docs/format.md, section 2.1).
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,28 @@ struct ModelSpec {
     float attn_softcap = 0.0f, logit_softcap = 0.0f;  // 0: none
     std::vector<Rope> ropes;
     std::vector<int> layer_rope, layer_window;
+};
+
+// Layers as a page of the KV cache has them: those without a window, the global ones, come first,
+// so that the others, the local ones, can be given up. Where all are of one kind, nothing is.
+struct KvLayers {
+    explicit KvLayers(const ModelSpec& model) {
+        for (const int layer_window : model.layer_window) window = std::max(window, layer_window);
+        const auto add = [&](bool local) {
+            for (int layer = 0; layer < model.layers; ++layer)
+                if ((model.layer_window[static_cast<size_t>(layer)] > 0) == local)
+                    order.push_back(layer);
+        };
+        add(false);
+        global = static_cast<int>(order.size());
+        add(true);
+        if (global != 0 && global != model.layers) return;
+        global = model.layers;
+        window = 0;
+    }
+    std::vector<int> order;
+    int global;      // how many
+    int window = 0;  // the largest; 0: there are no local layers
 };
 
 }  // namespace pliant

@@ -20,6 +20,7 @@ bool Executor::step(const std::vector<Piece>& pieces, const int32_t* tokens, flo
             throw UsageError("a sequence is in a step twice");
         seen.push_back(piece.sequence);
         const int length = kv.length(piece.sequence);
+        kv.check_seen(piece.sequence);
         lengths.push_back(length);
         if (piece.count > model_.context - length)
             throw EngineError("sequence " + std::to_string(piece.sequence) + " has " +
@@ -40,10 +41,14 @@ bool Executor::step(const std::vector<Piece>& pieces, const int32_t* tokens, flo
 
     std::vector<ChunkToken> chunk;
     size_t begun = 0;
+    bool first = true;
     const auto run = [&] {
-        kv.fit();
+        // What the step began with may be gone then, so it cannot be made again.
+        if (kv.fit() && !first) whole = true;
+        first = false;
         const bool ended = Forward(*this, chunk, logits, states, whole).run();
-        // The page that a sequence goes on in stays exact: the step may yet be given up.
+        // With a ladder the page that a sequence goes on in stays exact: the step may yet be given
+        // up.
         for (size_t i = 0; ended && i < std::min(begun + 1, pieces.size()); ++i)
             kv.seal(pieces[i].sequence, (lengths[i] + kPageTokens - 1) / kPageTokens);
         chunk.clear();

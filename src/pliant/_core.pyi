@@ -120,6 +120,13 @@ class Executor:
     def kv_page_bytes(self) -> int:
         """Bytes of an exact page, for all layers."""
     @property
+    def kv_global_bytes(self) -> list[int]:
+        """Bytes of a page without its local layers (those with a window): exact, and with 1, 2, ...
+        rungs. As of a whole page where layers are all of one kind."""
+    @property
+    def kv_local_age(self) -> int:
+        """The largest age at which local layers see a page; 0 if there are none."""
+    @property
     def kv_pages_total(self) -> int: ...
     @property
     def kv_pages_used(self) -> int: ...
@@ -129,10 +136,12 @@ class Executor:
     @property
     def kv_rung_bytes(self) -> list[int]:
         """Bytes of a coded page with 0, 1, ... rungs; empty without a ladder."""
-    def set_kv_ages(self, seen: list[int], kept: list[int]) -> None:
+    def set_kv_ages(self, seen: list[int], kept: list[int], whole: int | None = None) -> None:
         """How many rungs of a coded page are seen from now on, and kept when memory is short, by
         its age; index 0 is for the first page of a sequence and for pages as they are coded, the
-        last for all that are older. Neither rises. What is more than kept is given up."""
+        last for all that are older. Neither rises; without a ladder all are 0. `whole`: up to which
+        age pages keep their local layers, at least `kv_local_age`; None: always. What is more than
+        kept is given up."""
     def limit_kv(self, size: int) -> None:
         """Bytes that pages may take in all, as far as giving up what no sequence needs is enough;
         0: any. Holds before each chunk of a step."""
@@ -141,7 +150,7 @@ class Executor:
         page that they share counted once; and how many that are partly filled."""
     def kv_usable(self, pages: list[int]) -> int:
         """How many of these pages, from the first on, a sequence can go on after: they have all
-        the rungs that it would see."""
+        the rungs and local layers that it would see."""
     def kv_bytes(self, pages: list[int]) -> int:
         """Bytes of pages that are in use, exact or coded."""
     def set_kv_ladder(
@@ -163,8 +172,11 @@ class Executor:
         """Let tokens of prompts see all pages coded that a chunk fills: the worst case."""
     def page_rungs(self, pages: list[int]) -> list[int]:
         """The rungs of pages; 0: exact."""
-    def shallow(self, page: int, rungs: int) -> int:
-        """Leave a coded page at most `rungs` rungs; returns the bytes that the kernel got back."""
+    def page_whole(self, pages: list[int]) -> list[bool]:
+        """Whether pages have their local layers; always, where layers are all of one kind."""
+    def shallow(self, page: int, rungs: int, whole: bool = True) -> int:
+        """Leave a coded page at most `rungs` rungs, and a page that is not to be `whole` no local
+        layers; returns the bytes that the kernel got back."""
     def reserve_kv(self, pages: int) -> None:
         """Size of the pool; no sequence may hold pages. Memory is taken when it is used."""
     def open_sequence(self) -> int: ...
@@ -172,8 +184,8 @@ class Executor:
     def length(self, seq: int) -> int:
         """Tokens of a sequence."""
     def truncate(self, seq: int, length: int) -> int:
-        """Forget the tokens from `length` on; inside a coded page, all of that page. Returns how
-        many are left."""
+        """Forget the tokens from `length` on; inside a page that is coded or not whole, all of that
+        page, and all but what is usable. Returns how many are left."""
     def pages(self, seq: int) -> list[int]:
         """The pages of a sequence in order; the last may be partly filled."""
     def adopt_pages(self, seq: int, pages: list[int]) -> None:
@@ -185,16 +197,26 @@ class Executor:
     def trim_kv(self) -> int:
         """Give the memory of unused pages back; returns its bytes."""
     @property
-    def kv_stored_bytes(self) -> list[int]:
-        """Bytes of a page as it is taken: exact, and with 1, 2, ... rungs."""
+    def kv_stored_bytes(self) -> list[list[int]]:
+        """Bytes of a page as it is taken: exact, and with 1, 2, ... rungs. First of one without its
+        local layers, then of a whole one."""
     def take_page(self, page: int, into: npt.NDArray[np.uint8]) -> None:
         """Copy a page that is in use: as it is if it is exact, otherwise rung after rung, so that
         its first bytes are the page with fewer rungs (docs/parking.md)."""
-    def put_page(self, seq: int, tokens: int, from_: npt.NDArray[np.uint8], rungs: int = 0) -> None:
+    def put_page(
+        self,
+        seq: int,
+        tokens: int,
+        from_: npt.NDArray[np.uint8],
+        rungs: int = 0,
+        whole: bool = True,
+    ) -> None:
         """Append a page that was taken, with the first `tokens` of its tokens."""
-    def deepen_page(self, page: int, from_: npt.NDArray[np.uint8], rungs: int) -> None:
+    def deepen_page(
+        self, page: int, from_: npt.NDArray[np.uint8], rungs: int, whole: bool = True
+    ) -> None:
         """Add rungs to a coded page with one user, up to `rungs` and the level: what follows in
-        the page that was taken."""
+        the page that was taken, which was `whole` if this one is."""
     @overload
     def step(
         self,
@@ -218,8 +240,9 @@ class Executor:
         """Append counts[i] tokens to sequence seqs[i]; float32 [wanted, vocabulary].
 
         want[i] is 0 for no logits, 1 for those of the last token, 2 for all. A step that cannot
-        be made raises EngineError or UsageError and changes nothing. None, and no change, if it
-        need not be `whole` and somebody is in a `hurry`.
+        be made raises EngineError or UsageError and changes nothing, such as one that would see
+        what a page has given up. None, and no change, if it need not be `whole` and somebody is in
+        a `hurry`.
         """
     @overload
     def states(

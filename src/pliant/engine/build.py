@@ -127,8 +127,10 @@ def pack_sizes(pack: Pack, executor: Executor, chunk: int = 0) -> PackSizes:
         kv_page_bytes=executor.kv_page_bytes,
         kv_rungs=kv_rungs,
         kv_quality=kv.quality if kv is not None else (),
+        kv_global=executor.kv_global_bytes if executor.kv_local_age else (),
+        kv_local_age=executor.kv_local_age,
         # A chunk may begin and end inside a page.
-        kv_chunk=chunk // executor.kv_page_tokens + 1 if kv_rungs else 0,
+        kv_chunk=chunk // executor.kv_page_tokens + 1,
     )
 
 

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from pliant.engine.park import Park, Rungs
+from pliant.engine.park import Forms, Park
 from pliant.engine.prefixes import Prefixes
 from pliant.engine.room import MOST_LEVEL, Entry, Keep, Rank, Room
 from pliant.engine.seam import Executor
@@ -63,7 +63,9 @@ class Cache(Room):
         self.park = park or Park(executor)
         super().__init__(executor, sizes, Prefixes(executor.drop_pages, self.park.keep))
         self._state = state
-        self._clock = 0
+        self._clock = self._most = 0
+        self.level = plan.kv_level
+        self._tell_ages()
         self.limit(plan)
 
     # --- sequences
@@ -136,21 +138,23 @@ class Cache(Room):
         """
         entry, tokens = self._entries[sequence], self.page_tokens
         at, until = len(entry.keys), time.monotonic() + seconds
+        self._executor.limit_kv(self._most)  # gives up what nobody needs any more
         if entry.length != at * tokens:
             return 0
         if not self._make_room({sequence: len(keys) * tokens}):
             return 0
-        most = self._rungs(0, self.level)(0)  # a page has no more when it is coded
+        most = self._forms(0, self.level)(0).rungs  # a page has no more when it is coded
         try:
-            count = self.park.fetch(sequence, keys[at:], most, until)
-            # Pages that lost rungs before they were parked may be of no use yet; those from before
-            # are older now, and need no more.
+            count = self.park.fetch(sequence, keys[at:], most, until, self._most)
+            # Pages that lost something before they were parked may be of no use yet; those from
+            # before are older now, and need no more.
             usable = self._executor.kv_usable(self._executor.pages(sequence))
             if usable < at + count:
                 count = max(usable - at, 0)
                 self._executor.truncate(sequence, (at + count) * tokens)
         finally:
             entry.length = self._executor.length(sequence)
+            self._executor.limit_kv(self._most)
         if count:
             entry.state = self._state()
             self.share(sequence, keys[: at + count])
@@ -316,7 +320,7 @@ class Cache(Room):
         idle to disk, then answers are set aside, the largest rank first. EngineError, and the old
         limits but for the level, if a session cannot be written.
         """
-        before, self.bytes = self.bytes, plan.kv - plan.kv_chunk
+        before, self.bytes, self._most = (self.bytes, self._most), plan.kv - plan.kv_chunk, plan.kv
         self._set_level(plan.kv_level)
         try:
             while not self._make_room({}):
@@ -331,9 +335,9 @@ class Cache(Room):
                     )
                 self.set_aside(max(found)[1])
         except BaseException:
-            self.bytes = before
+            self.bytes, self._most = before
             raise
-        self._executor.limit_kv(plan.kv)
+        self._executor.limit_kv(self._most)
         self.context = plan.context
 
     # --- inside
@@ -344,17 +348,21 @@ class Cache(Room):
             return
         if level < self.level:
             self._unshare()
-        schedule = self._sizes.schedule(level)
-        self._executor.set_kv_ages(schedule.seen.tolist(), schedule.kept.tolist())
         before, self.level = self.level, level
+        self._tell_ages()
         for entry in self._entries.values():
             if entry.parked is None and entry.length >= self.page_tokens:
                 entry.level = min(entry.level, before, level)
 
-    def _use_of_rungs(self, entry: Entry) -> tuple[Rungs, Rungs]:
-        """The rungs of parked pages that are of use now, and at the level that they are from."""
+    def _tell_ages(self) -> None:
+        schedule = self._sizes.schedule(self.level)
+        ages = schedule.seen.tolist(), schedule.kept.tolist()
+        self._executor.set_kv_ages(*ages, schedule.whole_age)
+
+    def _forms_of_use(self, entry: Entry) -> tuple[Forms, Forms]:
+        """What is of use of parked pages now, and at the level that they are from."""
         levels = self.level, max(self.level, entry.was)
-        now, ever = (self._rungs(entry.length, level) for level in levels)
+        now, ever = (self._forms(entry.length, level) for level in levels)
         return now, ever
 
     def _make_room(self, wanted: Mapping[int, int], keep: Collection[int] = ()) -> bool:
@@ -438,7 +446,7 @@ class Cache(Room):
         # What an answer of the scheduler says must not depend on whom it gave way to.
         seconds = RESUME if entry.rank is None else math.inf
         try:
-            now, ever = self._use_of_rungs(entry)
+            now, ever = self._forms_of_use(entry)
             whole = self.park.restore(sequence, parked, entry.length, now, ever, seconds)
         except (OSError, PackError) as error:
             self._empty(sequence)
@@ -459,7 +467,7 @@ class Cache(Room):
         """Bring back more of a sequence that goes on with a part of what it had."""
         assert entry.rest is not None
         try:
-            done = self.park.deepen(sequence, entry.rest, entry.first, *self._use_of_rungs(entry))
+            done = self.park.deepen(sequence, entry.rest, entry.first, *self._forms_of_use(entry))
         except (OSError, PackError):
             done = True  # it stays as it is, and its answers say so
         entry.level = self._level_within(sequence)

@@ -68,7 +68,7 @@ class Caches:
         many bits once it has so many tokens."""
         executor: Any = self._coded.executor
         seen = self.sizes.schedule(self._level(bits, tokens)).seen.tolist()
-        executor.set_kv_ages(seen, seen)
+        executor.set_kv_ages(seen, seen, self.sizes.kv_local_age)
         executor.code_newest(way == "all_coded")
         return _Reader(self._coded, pad=way == "all_coded")
 
@@ -76,11 +76,13 @@ class Caches:
         """What the cache has after so many tokens: `name`, `bits`, `bytes_per_token`, and the
         `expected_kl` there."""
         sizes, level = self.sizes, self._level(bits, tokens)
-        found = sizes.kv_bits(level, tokens)
+        full = max(tokens // sizes.kv_page_tokens, 1)
         return {
             "name": f"{bits:g}",
-            "bits": found,
-            "bytes_per_token": round(found * sizes.kv_page_bytes / sizes.kv_page_tokens / 16),
+            "bits": sizes.kv_bits(level, tokens),
+            "bytes_per_token": round(
+                sizes.schedule(level).total(full) / (full * sizes.kv_page_tokens)
+            ),
             "expected_kl": sizes.kv_divergence(level, tokens),
         }
 

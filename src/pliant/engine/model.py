@@ -571,7 +571,8 @@ class Model(Closing):
             self._refresh()
         owners = self.ledger.owners()
         held, touched = owners["kv"]
-        own_kv = self._sizes.pages(rows) * self._sizes.kv_page_bytes
+        level = self._cache.level
+        own_kv = self._sizes.kv_session(level, rows) + self._sizes.kv_in_chunk(level)
         room = self.ledger.free + owners["logits"][0] + max(0, held - touched - own_kv)
         if rows * vocab * 4 > room:
             raise BudgetError(

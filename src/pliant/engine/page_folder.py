@@ -12,23 +12,25 @@ import os
 import re
 import stat
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pliant.engine.parked_page import (
     TOKENS,
+    VERSION,
     Label,
     Page,
     ParkedPage,
-    header_bytes,
+    Stored,
+    page_size,
     write_page,
 )
 from pliant.errors import FormatError, PackError, UsageError
+from pliant.memory.kv_ages import Form
 
 __all__ = ["PageFolder"]
 
-_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}\.kv1")
+_NAME = re.compile(rf"[0-9a-f]{{32}}-[0-9a-f]{{32}}\.kv[1-{VERSION}]")
 _TEMPORARY = re.compile(r"\.[0-9]+-[0-9a-f]{16}\.tmp")
 _SLICE = 16  # of the limit: so much may be written before the folder is looked through again
 _STALE = 3600.0  # seconds after which what was not renamed is from a process that has ended
@@ -44,7 +46,7 @@ class PageFolder:
     broken: how many were removed because they were not as they must be
     """
 
-    def __init__(self, path: Path, limit: int, origin: bytes, stored: Sequence[int]) -> None:
+    def __init__(self, path: Path, limit: int, origin: bytes, stored: Stored) -> None:
         """Make the folder if it is not there. UsageError if it cannot be used, or belongs to
         somebody else, or others may look inside. `stored`: as in `pliant.engine.parked_page`."""
         self.path = path
@@ -76,9 +78,9 @@ class PageFolder:
         except OSError:
             return False
 
-    def read(self, key: bytes, most: int) -> tuple[int, Page] | None:
-        """The rungs of a page, at most so many, and its bytes as it is stored with them; None if it
-        is not there, or not as it must be."""
+    def read(self, key: bytes, most: int) -> tuple[Form, Page] | None:
+        """What a page has, with at most so many rungs, and its bytes as it is stored with them;
+        None if it is not there, or not as it must be."""
         path = self._path(key)
         try:
             file = os.open(path, _READ)
@@ -94,26 +96,27 @@ class PageFolder:
             page = ParkedPage(file, 0, Label(self._origin, key), self._stored)
             if page.bytes != status.st_size:
                 raise FormatError(f"it has {status.st_size} bytes, and its page {page.bytes}")
-            if (page.rungs == 0) != (most == 0):
-                raise FormatError(f"it has {page.rungs} rungs, and up to {most} are due")
-            return min(page.rungs, most), page.read(most)
+            rungs, whole = page.form
+            if (rungs == 0) != (most == 0):
+                raise FormatError(f"it has {rungs} rungs, and up to {most} are due")
+            return Form(min(rungs, most), whole), page.read(most)
         except (OSError, PackError) as error:
             self._reject(path, error, remove=isinstance(error, PackError))
             return None
         finally:
             os.close(file)
 
-    def write(self, key: bytes, rungs: int, data: Page, used: int) -> bool:
+    def write(self, key: bytes, form: Form, data: Page, used: int) -> bool:
         """Keep a page, which was used at `used` (nanoseconds since 1970). False: it has no room, or
         the disk refuses it."""
-        size = header_bytes(rungs) + len(data)
+        size = page_size(self._stored, form)
         temporary = self.path / f".{os.getpid()}-{os.urandom(8).hex()}.tmp"
         try:
             if size > self._room and not self._make_room(size):
                 return False
             file = os.open(temporary, _WRITE, 0o600)
             try:
-                write_page(file, Label(self._origin, key), self._stored, TOKENS, rungs, data)
+                write_page(file, Label(self._origin, key), self._stored, TOKENS, form, data)
                 os.utime(file, ns=(used, used))
             finally:
                 os.close(file)
@@ -127,11 +130,12 @@ class PageFolder:
         self.bytes += size
         return True
 
-    def touch(self, key: bytes, used: int, rungs: int = 0) -> bool:
-        """A page was used at `used`; False if it is not there, or has fewer rungs than that."""
+    def touch(self, key: bytes, used: int, form: Form | None = None) -> bool:
+        """A page was used at `used`; False if it is not there, or does not have all that `form`
+        says."""
         path = self._path(key)
         try:
-            if rungs and path.lstat().st_size < header_bytes(rungs) + self._stored[rungs]:
+            if form is not None and path.lstat().st_size not in self._sizes(form):
                 return False
             os.utime(path, ns=(used, used), follow_symlinks=False)
         except OSError:
@@ -140,8 +144,15 @@ class PageFolder:
 
     # --- inside
 
+    def _sizes(self, form: Form) -> set[int]:
+        """Sizes of files whose page has all that `form` says."""
+        most = len(self._stored[True])
+        rungs = range(form.rungs, most) if form.rungs else range(1)
+        kinds = (True,) if form.whole else (False, True)
+        return {page_size(self._stored, Form(r, whole)) for r in rungs for whole in kinds}
+
     def _path(self, key: bytes) -> Path:
-        return self.path / f"{self._origin.hex()}-{key.hex()}.kv1"
+        return self.path / f"{self._origin.hex()}-{key.hex()}.kv{VERSION}"
 
     def _make_room(self, size: int) -> bool:
         """Look through the folder, and remove what was used longest ago until `size` more bytes

@@ -16,6 +16,7 @@ from pliant.engine.parked_page import Page
 from pliant.engine.parking import Parked
 from pliant.engine.rates import Rates
 from pliant.engine.seam import Executor
+from pliant.memory.kv_ages import Form
 
 __all__ = ["DEEPEN", "FETCH", "Park"]
 
@@ -27,8 +28,8 @@ DEEPEN = 0.01
 """Seconds of a step in which more of such a session is read; a page is in any case."""
 
 
-Rungs = Callable[[int], int]
-"""How many rungs of a page, by its number in the sequence."""
+Forms = Callable[[int], Form]
+"""What of a page, by its number in the sequence."""
 
 
 class Park:
@@ -92,9 +93,9 @@ class Park:
         there = len(parked)
         try:
             pages = self._executor.pages(sequence)[there:]
-            for page, rungs in zip(pages, self._executor.page_rungs(pages), strict=True):
+            for page in pages:
                 tokens = min(length - len(parked) * self._tokens, self._tokens)
-                parked.append(tokens, rungs, self._take(page, rungs))
+                parked.append(tokens, *self._take(page))
         except BaseException:
             parked.cut(there)
             if rest is None:
@@ -107,46 +108,49 @@ class Park:
         sequence: int,
         parked: Parked,
         length: int,
-        now: Rungs,
-        ever: Rungs,
+        now: Forms,
+        ever: Forms,
         seconds: float = math.inf,
     ) -> bool:
-        """Append pages to a sequence until it has `length` tokens, each with the rungs that are of
-        use `now`. OSError, PackError.
+        """Append pages to a sequence until it has `length` tokens, each with what is of use `now`.
+        OSError, PackError.
 
         Returns whether nothing is left to read that is `ever` of use. Pages that are coded come
         with fewer rungs if reading all of these takes longer than `seconds`.
         """
         start = self._clock()
         first, count = len(self._executor.pages(sequence)), -(-length // self._tokens)
-        top = max(map(now, range(first, count)), default=0)
+        top = max((now(number).rungs for number in range(first, count)), default=0)
         most = self._affordable(parked, range(first, count), now, top, seconds)
-        whole = True
+        complete = True
         for number in range(first, count):
             begin = self._clock()
-            page = parked.page(number)
+            page, due = parked.page(number), now(number)
             tokens = min(page.tokens, length - number * self._tokens)
-            rungs = min(page.rungs, now(number), most)
+            rungs = min(page.form.rungs, due.rungs, most)
             data = page.read(rungs)
-            self._executor.put_page(sequence, tokens, data, rungs)
+            self._executor.put_page(sequence, tokens, data, rungs, page.form.whole)
+            if page.form.whole and not due.whole:
+                self._executor.shallow(self._executor.pages(sequence)[-1], rungs, whole=False)
             self.rates.read.add(len(data), self._clock() - begin)
-            whole = whole and rungs >= min(page.rungs, ever(number))
+            complete = complete and rungs >= min(page.form.rungs, ever(number).rungs)
         left = start + seconds - self._clock()
         if most < top and left > 0:  # it was faster than expected
             return self.deepen(sequence, parked, first, now, ever, left)
-        return whole
+        return complete
 
     def _affordable(
-        self, parked: Parked, pages: range, now: Rungs, top: int, seconds: float
+        self, parked: Parked, pages: range, now: Forms, top: int, seconds: float
     ) -> int:
         """How many of up to `top` rungs of pages can be read in so many seconds; at least one, if
         they are coded."""
         rate = self.rates.read.value
         if rate is None:
             return top
-        wanted = [min(parked.rungs(number), now(number)) for number in pages]
+        wanted = [(parked.form(number), now(number).rungs) for number in pages]
         for most in range(top, 1, -1):
-            if sum(self._stored[min(rungs, most)] for rungs in wanted) <= rate * seconds:
+            sizes = (self._stored[form.whole][min(form.rungs, r, most)] for form, r in wanted)
+            if sum(sizes) <= rate * seconds:
                 return most
         return min(top, 1)
 
@@ -155,15 +159,16 @@ class Park:
         sequence: int,
         rest: Parked,
         first: int,
-        now: Rungs,
-        ever: Rungs,
+        now: Forms,
+        ever: Forms,
         seconds: float = DEEPEN,
     ) -> bool:
         """For so long, and one page in any case, read on in pages that came with fewer rungs, from
         page `first` of the sequence on. Returns as `restore`. OSError, PackError."""
         pages = self._executor.pages(sequence)[: len(rest)]
         have, until = self._executor.page_rungs(pages), self._clock() + seconds
-        due = {number: min(rest.rungs(number), now(number)) for number in range(first, len(pages))}
+        numbers, forms = range(first, len(pages)), [rest.form(n) for n in range(len(pages))]
+        due = {number: min(forms[number].rungs, now(number).rungs) for number in numbers}
         wanted = [
             (rung, number)
             for rung in range(2, max(due.values(), default=0) + 1)
@@ -173,13 +178,13 @@ class Park:
         for rung, number in wanted:
             begin = self._clock()
             data = rest.page(number).read(rung, above=rung - 1)
-            self._executor.deepen_page(pages[number], data, rung)
+            self._executor.deepen_page(pages[number], data, rung, forms[number].whole)
             have[number] = rung
             end = self._clock()
             self.rates.read.add(len(data), end - begin)
             if end >= until:
                 break
-        return all(have[number] >= min(rest.rungs(number), ever(number)) for number in due)
+        return all(have[n] >= min(forms[n].rungs, ever(n).rungs) for n in numbers)
 
     # --- beginnings
 
@@ -190,29 +195,31 @@ class Park:
             kept = False
             if self.folder is not None and self._clock() < self._until:
                 when = used - 1000 * number
-                rungs = self._executor.page_rungs([page])[0]
-                kept = self.folder.touch(key, when, rungs)
+                kept = self.folder.touch(key, when, self._form(page))
                 if not kept:
-                    kept = self.folder.write(key, rungs, self._take(page, rungs), when)
+                    kept = self.folder.write(key, *self._take(page), when)
             self.kept += kept
             self.lost += not kept
 
-    def fetch(self, sequence: int, keys: Sequence[bytes], most: int, until: float) -> int:
+    def fetch(
+        self, sequence: int, keys: Sequence[bytes], most: int, until: float, limit: int
+    ) -> int:
         """Append the pages `keys` to a sequence that ends with a full one, as far as they are in
-        the folder and reading is faster, with at most so many rungs; ends at `until`. Returns how
-        many."""
-        folder, count, size = self.folder, 0, self._stored[most]
+        the folder and reading is faster, with at most so many rungs; ends at `until`, or when all
+        pages in memory take more than `limit` bytes. Returns how many."""
+        folder, count, size = self.folder, 0, self._stored[True][most]
         if folder is None:
             return 0
-        while count < len(keys) and self._clock() < until:
+        executor = self._executor
+        while count < len(keys) and self._clock() < until and executor.kv_used_bytes <= limit:
             if not folder.has(keys[count]) or not self.rates.choose(size, self._tokens):
                 break
             begin = self._clock()
             found = folder.read(keys[count], most)
             if found is None:
                 break
-            rungs, data = found
-            self._executor.put_page(sequence, self._tokens, data, rungs)
+            form, data = found
+            executor.put_page(sequence, self._tokens, data, form.rungs, form.whole)
             self.rates.read.add(len(data), self._clock() - begin)
             count += 1
         return count
@@ -225,8 +232,13 @@ class Park:
             if self.folder is not None:
                 self.folder.touch(key, now - 1000 * number)
 
-    def _take(self, page: int, rungs: int) -> Page:
-        """The bytes of a page of so many rungs, as they are stored."""
-        data = np.empty(self._stored[rungs], np.uint8)
+    def _form(self, page: int) -> Form:
+        """What a page has."""
+        return Form(self._executor.page_rungs([page])[0], self._executor.page_whole([page])[0])
+
+    def _take(self, page: int) -> tuple[Form, Page]:
+        """What a page has, and its bytes as they are stored."""
+        form = self._form(page)
+        data = np.empty(self._stored[form.whole][form.rungs], np.uint8)
         self._executor.take_page(page, data)
-        return data
+        return form, data

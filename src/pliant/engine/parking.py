@@ -7,11 +7,11 @@ closed or the process ends, however that happens. It holds page after page (docs
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from pliant.engine.parked_page import Label, Page, ParkedPage, header_bytes, write_page
+from pliant.engine.parked_page import Label, Page, ParkedPage, Stored, page_size, write_page
 from pliant.errors import EngineError
+from pliant.memory.kv_ages import Form
 
 __all__ = ["Parked", "parking_folder"]
 
@@ -32,11 +32,11 @@ class Parked:
 
     __slots__ = ("_descriptor", "_places", "_stored")
 
-    def __init__(self, stored: Sequence[int]) -> None:
+    def __init__(self, stored: Stored) -> None:
         """Without pages yet; `stored` as in `pliant.engine.parked_page`. OSError."""
         self._descriptor = _nameless(parking_folder())
         self._stored = stored
-        self._places: list[tuple[int, int]] = []  # where each page begins, and its rungs
+        self._places: list[tuple[int, Form]] = []  # where each page begins, and what it has
 
     def __len__(self) -> int:
         return len(self._places)
@@ -46,22 +46,22 @@ class Parked:
         """Size of the file."""
         if not self._places:
             return 0
-        begin, rungs = self._places[-1]
-        return begin + header_bytes(rungs) + self._stored[rungs]
+        begin, form = self._places[-1]
+        return begin + page_size(self._stored, form)
 
-    def append(self, tokens: int, rungs: int, data: Page) -> None:
-        """Write one page more, with the tokens in it and its rungs (0: exact). OSError, and no
-        change, if it fails."""
+    def append(self, tokens: int, form: Form, data: Page) -> None:
+        """Write one page more, with the tokens in it and what it has. OSError, and no change, if it
+        fails."""
         begin = os.lseek(self._descriptor, self.bytes, os.SEEK_SET)
-        write_page(self._descriptor, _NO_LABEL, self._stored, tokens, rungs, data)
-        self._places.append((begin, rungs))
+        write_page(self._descriptor, _NO_LABEL, self._stored, tokens, form, data)
+        self._places.append((begin, form))
 
     def cut(self, pages: int) -> None:
         """Forget the pages from number `pages` on."""
         del self._places[pages:]
 
-    def rungs(self, number: int) -> int:
-        """The rungs of a page."""
+    def form(self, number: int) -> Form:
+        """What a page has."""
         return self._places[number][1]
 
     def page(self, number: int) -> ParkedPage:

@@ -12,7 +12,7 @@ from enum import Enum
 from pliant.engine.parking import Parked
 from pliant.engine.prefixes import Prefixes
 from pliant.engine.seam import Executor
-from pliant.memory.kv_ages import Ages, age_of, fresh
+from pliant.memory.kv_ages import Ages, Form, age_of, fresh
 from pliant.memory.plan import PackSizes
 
 __all__ = ["MOST_LEVEL", "Entry", "Keep", "Rank", "Room"]
@@ -166,12 +166,10 @@ class Room:
         pages = sum(ages.full) + ages.partial + len(kept) - self._executor.kv_pages_total
         return max(taken - self.bytes, pages * self._sizes.kv_page_bytes)
 
-    def _rungs(self, length: int, level: int) -> Callable[[int], int]:
-        """How many rungs pages of a sequence of so many tokens keep, by their number."""
-        if not level:
-            return lambda number: 0
-        kept, newest = self._sizes.schedule(level).kept, length // self.page_tokens
-        return lambda number: int(kept[age_of(number, newest)])
+    def _forms(self, length: int, level: int) -> Callable[[int], Form]:
+        """What pages of a sequence of so many tokens keep, by their number."""
+        schedule, newest = self._sizes.schedule(level), length // self.page_tokens
+        return lambda number: schedule.form(age_of(number, newest))
 
     def _usable(self, keys: Sequence[bytes]) -> list[bytes]:
         """Those of the pages `keys` that are kept and that a sequence can begin with."""
@@ -181,10 +179,10 @@ class Room:
     def _usable_parked(self, parked: Parked, length: int) -> int:
         """As the core's `truncate`, of what is on disk: how many of so many tokens are left."""
         full = length // self.page_tokens
-        if length % self.page_tokens and parked.rungs(full):
+        if length % self.page_tokens and parked.form(full) != Form(0, whole=True):
             length = full * self.page_tokens
-        rungs = [parked.rungs(number) for number in range(full)]
-        while self.level and not self._deep(rungs[:full], full, self.level):
+        forms = [parked.form(number) for number in range(full)]
+        while not self._deep(forms[:full], full, self.level):
             full -= 1
             length = full * self.page_tokens
         return length
@@ -193,15 +191,18 @@ class Room:
         """The highest level, up to that which holds, whose rungs all pages of a sequence have."""
         if not self.level:
             return 0
-        rungs = self._executor.page_rungs(self._executor.pages(sequence))
+        pages = self._executor.pages(sequence)
+        rungs = self._executor.page_rungs(pages)
+        forms = list(map(Form, rungs, self._executor.page_whole(pages)))
         newest = self._executor.length(sequence) // self.page_tokens
         levels = range(self._sizes.kv_levels[0], self.level + 1)
-        at = bisect_left(levels, x=True, key=lambda level: not self._deep(rungs, newest, level))
+        at = bisect_left(levels, x=True, key=lambda level: not self._deep(forms, newest, level))
         return levels[max(at - 1, 0)]
 
-    def _deep(self, rungs: Sequence[int], newest: int, level: int) -> bool:
-        """Whether pages have what is seen of them from page `newest` on; 0 rungs: exact."""
-        seen = self._sizes.schedule(level).seen
+    def _deep(self, forms: Sequence[Form], newest: int, level: int) -> bool:
+        """Whether pages have what is seen of them from page `newest` on."""
+        seen, local = self._sizes.schedule(level).seen, self._sizes.kv_local_age
         return all(
-            not have or have >= seen[age_of(number, newest)] for number, have in enumerate(rungs)
+            (not form.rungs or form.rungs >= seen[age]) and (form.whole or age > local)
+            for form, age in ((form, age_of(number, newest)) for number, form in enumerate(forms))
         )

@@ -1,9 +1,10 @@
-"""How deep coded pages of the KV cache are at each age, and what that takes. docs/kv.md.
+"""What pages of the KV cache have at each age, and what that takes. docs/kv.md.
 
 The *age* of a page is how many pages later the token is that sees it; the first page of a sequence
 has the age 0, whatever comes. A *level* is the bits of a value in a page of the age 1, in eighths.
 Each time the age doubles a page loses SLOPE bits: it adds less to the error of an answer then, so
-it may be coarser. Pure functions of numbers; sizes in bytes.
+it may be coarser. Local layers, those with a window, see only pages up to some age: older ones need
+not be *whole*. Pure functions of numbers; sizes in bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,8 @@ __all__ = [
     "LEVELS_PER_BIT",
     "SLOPE",
     "Ages",
+    "Form",
+    "PageBytes",
     "Schedule",
     "age_of",
     "fresh",
@@ -32,14 +36,37 @@ SLOPE = 0.375
 """Bits that a value loses each time its age doubles."""
 
 SLACK = 4
-"""Pages are kept as deep as if they were so many pages younger: a chunk of a prompt that is in
-progress sees them so, and a conversation may go back a little."""
+"""Pages are kept as if they were so many pages younger: a conversation may go back a little."""
 
 _LEAST_BITS = 2.25
 """No page has fewer, where rungs are so fine: two plies alone are far worse."""
 
 _SHARE = -1.5
 """Exponent of the age in what an error of a page adds to that of an answer, for expectations."""
+
+
+class Form(NamedTuple):
+    """What a page has: rungs (0: it is exact), and whether that is of all layers, or of those
+    without a window alone."""
+
+    rungs: int
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PageBytes:
+    """Bytes of a page: exact, and with 1, 2, ... rungs if pages are coded. `global_only`: the same
+    without local layers; empty if layers are all of one kind. `local_age`: the largest age at which
+    local layers see a page."""
+
+    whole: tuple[int, ...]
+    global_only: tuple[int, ...] = ()
+    local_age: int = 0
+
+    @property
+    def bits(self) -> list[float]:
+        """Of a value, scales included: 16 in an exact page, and with 1, 2, ... rungs."""
+        return [16 * size / self.whole[0] for size in self.whole]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +97,48 @@ def age_of(number: int, newest: int) -> int:
 
 
 def least_rungs(bits: Sequence[float]) -> int:
-    """The fewest rungs that a page may have; `bits[r]`: of a value with r rungs."""
+    """The fewest rungs that a coded page may have; `bits` as in `PageBytes`."""
     return next((r for r, one in enumerate(bits) if r and one >= _LEAST_BITS), 1)
 
 
 class Schedule:
     """The pages of one level.
 
-    seen, kept: uint8 [ages]: rungs that are used, and that are in memory
+    seen, kept: uint8 [ages]: rungs that are used, and that are in memory; 0: exact
+    whole_age:  up to which pages in memory are whole; None: at any
+    varies:     whether pages have other forms than when they were written
     """
 
-    __slots__ = ("_bytes", "_total", "kept", "seen")
+    __slots__ = ("_bytes", "_total", "_values", "kept", "seen", "varies", "whole_age")
 
-    def __init__(self, seen: npt.NDArray[np.uint8], rung_bytes: npt.NDArray[np.int64]) -> None:
+    def __init__(self, seen: npt.NDArray[np.uint8], page: PageBytes) -> None:
         self.seen = seen
         ages = np.arange(len(seen))
         self.kept = seen[np.where(ages > 0, np.maximum(ages - SLACK, 1), 0)]
-        self._bytes = rung_bytes[self.kept]
+        self.whole_age = page.local_age + SLACK if page.global_only else None
+        self._bytes = np.array(page.whole, np.int64)[self.kept]
+        values = np.full(len(seen), page.whole[0], np.int64)
+        if self.whole_age is not None:
+            old = ages > self.whole_age
+            self._bytes[old] = np.array(page.global_only, np.int64)[self.kept[old]]
+            values[old] = page.global_only[0]
         self._total = np.concatenate(([0], np.cumsum(self._bytes)))
+        self._values = np.concatenate(([0], np.cumsum(values)))
+        self.varies = bool(seen[0]) or self.whole_age is not None
+
+    def form(self, age: int) -> Form:
+        """What a page of an age has in memory."""
+        whole = self.whole_age is None or age <= self.whole_age
+        return Form(int(self.kept[min(age, len(self.kept) - 1)]), whole)
 
     def total(self, full: int) -> int:
         """Bytes of a sequence of `full` full pages."""
         return int(self._total[full])
+
+    def bits(self, full: int) -> float:
+        """Mean bits of a value, scales included, in so many pages; what is given up for being out
+        of sight is no value any more."""
+        return 16 * int(self._total[full]) / int(self._values[full])
 
     def pages_within(self, size: int) -> int:
         """Full pages of a sequence that fit into `size` bytes."""
@@ -105,6 +152,11 @@ class Schedule:
             counts[known:].sum() * self._bytes[-1]
         )
 
+    @property
+    def least(self) -> int:
+        """Bytes of the oldest page."""
+        return int(self._bytes[-1])
+
     def divergence(self, full: int, quality: npt.NDArray[np.float64]) -> float:
         """The KL that is expected after `full` full pages; `quality[rungs - 1]`: where all pages
         have so many."""
@@ -114,14 +166,12 @@ class Schedule:
 
 
 @lru_cache(maxsize=512)
-def make_schedule(level: int, rung_bytes: tuple[int, ...], page_bytes: int, ages: int) -> Schedule:
-    """The schedule of a level.
-
-    `rung_bytes[r]`: a page of r rungs; `page_bytes`: an exact one; `ages`: how many are told apart.
-    """
-    sizes = np.array(rung_bytes, np.int64)
-    bits = 16 * sizes / page_bytes
-    due = level / LEVELS_PER_BIT - SLOPE * np.log2(np.maximum(np.arange(max(ages, 2)), 1))
-    least, most = least_rungs(bits.tolist()), len(sizes) - 1
-    rungs = np.clip(np.searchsorted(bits, due + 1e-9, "right") - 1, least, most)
-    return Schedule(rungs.astype(np.uint8), sizes)
+def make_schedule(level: int, page: PageBytes, ages: int) -> Schedule:
+    """The schedule of a level, 0 if all pages are exact; `ages`: how many are told apart."""
+    rungs = np.zeros(max(ages, 2), np.uint8)
+    if level:
+        bits = np.array(page.bits[1:])
+        due = level / LEVELS_PER_BIT - SLOPE * np.log2(np.maximum(np.arange(len(rungs)), 1))
+        deep = np.searchsorted(bits, due + 1e-9, "right")
+        rungs = np.clip(deep, least_rungs(page.bits), len(bits)).astype(np.uint8)
+    return Schedule(rungs, page)

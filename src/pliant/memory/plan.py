@@ -19,6 +19,7 @@ from pliant.memory.kv_ages import (
     LEVELS_PER_BIT,
     SLOPE,
     Ages,
+    PageBytes,
     Schedule,
     least_rungs,
     make_schedule,
@@ -70,9 +71,10 @@ class PackSizes:
     has points of (weights, KL), `context` is the longest that the model was made for.
 
     A KV page takes `kv_page_bytes` as long as it is exact. If full pages are coded, `kv_rungs[r]`
-    is what one takes with r rungs, `kv_quality[r - 1]` the KL that this is expected to cost where
-    all have so many, and `kv_chunk` the exact pages that a chunk of a prompt may fill at once; else
-    they are empty. How many rungs a page has depends on its age and on the level; level 0 is exact.
+    is what one takes with r rungs, and `kv_quality[r - 1]` the KL that this is expected to cost
+    where all have so many; else they are empty. How many rungs a page has depends on its age and on
+    the level; level 0 is exact. `kv_global` and `kv_local_age` are as in `PageBytes`; `kv_chunk`
+    are the pages that a chunk of a prompt may fill at once.
     """
 
     weights: Sequence[int]
@@ -84,6 +86,8 @@ class PackSizes:
     kv_page_bytes: int
     kv_rungs: Sequence[int] = ()
     kv_quality: Sequence[float] = ()
+    kv_global: Sequence[int] = ()
+    kv_local_age: int = 0
     kv_chunk: int = 0
 
     @property
@@ -100,43 +104,50 @@ class PackSizes:
         """The levels that pages can have; 0 alone if they are exact."""
         if not self.kv_rungs:
             return range(1)
-        bits = [16 * size / self.kv_page_bytes for size in self.kv_rungs]
+        bits = self._page.bits
         ages = SLOPE * math.log2(max(self.pages(self.context), 1))
         least = math.ceil(LEVELS_PER_BIT * bits[least_rungs(bits)])
         return range(least, math.ceil(LEVELS_PER_BIT * (bits[-1] + ages)) + 1)
 
+    @property
+    def _page(self) -> PageBytes:
+        whole = (self.kv_page_bytes, *self.kv_rungs[1:])
+        return PageBytes(whole, tuple(self.kv_global), self.kv_local_age)
+
     def schedule(self, level: int) -> Schedule:
-        """The rungs of coded pages by age."""
-        ages = self.pages(self.context) + 1
-        return make_schedule(level, tuple(self.kv_rungs), self.kv_page_bytes, ages)
+        """What pages have at each age."""
+        return make_schedule(level, self._page, self.pages(self.context) + 1)
 
     def kv_bytes(self, level: int, ages: Ages) -> int:
-        """Bytes of some sequences. Where pages are coded, each has one more, which is exact."""
-        if not level:
-            return (sum(ages.full) + ages.partial) * self.kv_page_bytes
-        return self.schedule(level).bytes(ages.full) + ages.sequences * self.kv_page_bytes
+        """Bytes of some sequences. Where pages change with age, each has one more, which is exact
+        and whole."""
+        schedule = self.schedule(level)
+        exact = ages.sequences if schedule.varies else ages.partial
+        return schedule.bytes(ages.full) + exact * self.kv_page_bytes
 
     def kv_session(self, level: int, tokens: int) -> int:
-        """Bytes of one session of so many tokens."""
-        if not level:
-            return self.pages(tokens) * self.kv_page_bytes
-        exact = self.kv_page_bytes if tokens else 0
-        return self.schedule(level).total(tokens // self.kv_page_tokens) + exact
+        """Bytes of one session of so many tokens: `kv_bytes` of it alone."""
+        full, rest = divmod(tokens, self.kv_page_tokens)
+        schedule = self.schedule(level)
+        exact = tokens if schedule.varies else rest
+        return schedule.total(full) + int(exact > 0) * self.kv_page_bytes
 
     def kv_context(self, level: int, size: int) -> int:
         """Tokens of one session that fit into `size` bytes, in whole pages."""
-        if level:
-            pages = self.schedule(level).pages_within(size - self.kv_page_bytes)
-        else:
-            pages = size // self.kv_page_bytes
-        return max(pages, 0) * self.kv_page_tokens
+        schedule = self.schedule(level)
+        exact = self.kv_page_bytes if schedule.varies else 0
+        return max(schedule.pages_within(size - exact), 0) * self.kv_page_tokens
+
+    def kv_in_chunk(self, level: int) -> int:
+        """Bytes that pages have too many while a chunk of a prompt fills them: coded ones are exact
+        besides, and others are not what they will be once they are old."""
+        old = 0 if level else self.schedule(level).least
+        return self.kv_chunk * (self.kv_page_bytes - old)
 
     def kv_bits(self, level: int, context: int) -> float:
-        """Mean bits per value, scales included, of the full pages of so many tokens."""
-        if not level:
-            return 16.0
+        """Mean bits of a value, scales included, in the full pages of so many tokens."""
         full = max(min(context, self.context) // self.kv_page_tokens, 1)
-        return 16 * self.schedule(level).total(full) / (full * self.kv_page_bytes)
+        return self.schedule(level).bits(full)
 
     def kv_divergence(self, level: int, context: int) -> float:
         """The KL that coded pages are expected to cost at the end of a context."""
@@ -186,9 +197,9 @@ class Wish:
 class Plan:
     """What is held. `fixed` are the parts that no plan can change, name and bytes.
 
-    `kv`: bytes of the KV of all sessions, `kv_chunk` of them for pages that a chunk of a prompt
-    fills; `kv_level`: the level of coded pages, 0 if they are exact; `kv_bits`: the mean bits per
-    value in a full context; `kv_kl`: the KL that they are expected to cost there.
+    `kv`: bytes of the KV of all sessions, `kv_chunk` of them what pages have too many while a chunk
+    of a prompt fills them; `kv_level`: the level of coded pages, 0 if they are exact; `kv_bits`:
+    the mean bits per value in a full context; `kv_kl`: the KL that they are expected to cost there.
     """
 
     memory: int | None
@@ -397,7 +408,7 @@ def _plan_at(
         most = _plan(sizes, fixed, wish, rungs, most_context, level)
         for_kv = max(min(room // KV_SHARE, most.kv), least.kv)
         rungs = max(rungs, bisect_right(sizes.arena, room - for_kv) - 1)
-    left = room - sizes.arena[rungs] - _chunk(sizes, level)
+    left = room - sizes.arena[rungs] - sizes.kv_in_chunk(level)
     context = min(sizes.kv_context(level, left // wish.sessions), most_context)
     return _plan(sizes, fixed, wish, rungs, max(context, least_context(sizes, wish)), level)
 
@@ -413,11 +424,6 @@ def _fixed_rungs(sizes: PackSizes, wish: Wish, floor: int) -> int:
     return rungs
 
 
-def _chunk(sizes: PackSizes, level: int) -> int:
-    """Bytes of the exact pages that a chunk of a prompt fills, where they are coded then."""
-    return sizes.kv_chunk * sizes.kv_page_bytes if level else 0
-
-
 def _held(sizes: PackSizes, wish: Wish, level: int) -> int:
     """Bytes of the KV that is promised already."""
     return max((sizes.kv_bytes(level, ages) for ages in wish.held), default=0)
@@ -431,7 +437,7 @@ def _plan(
     context: int,
     level: int,
 ) -> Plan:
-    weights, chunk = sizes.weights[rungs], _chunk(sizes, level)
+    weights, chunk = sizes.weights[rungs], sizes.kv_in_chunk(level)
     kv = max(sizes.kv_session(level, context) * wish.sessions, _held(sizes, wish, level))
     kl = expected_kl(sizes.quality, weights) if sizes.coded else None
     longest = max(context, wish.least_context)
