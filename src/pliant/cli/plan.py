@@ -106,7 +106,8 @@ def _entry(parts: Parts, plan: Plan, wish: Wish, bandwidth: float) -> dict[str, 
     rungs = plan.rungs if wish.weights is not None else floor_rungs(sizes, wish)
     room = (plan.memory or plan.total) - sum(b for _, b in plan.fixed) - sizes.arena[rungs]
     level = plan.kv_level if wish.kv_bits is not None else kv_levels(sizes, wish, plan.context)[0]
-    largest = sizes.kv_context(level, (room - plan.kv_chunk) // plan.sessions)
+    room -= sizes.kv_in_chunk(level, sizes.context)
+    largest = sizes.kv_context(level, room // plan.sessions)
     base = sum(array_bytes for name, array_bytes in plan.fixed if name == "base")
     return {
         "memory": plan.memory or plan.total,

@@ -572,7 +572,7 @@ class Model(Closing):
         owners = self.ledger.owners()
         held, touched = owners["kv"]
         level = self._cache.level
-        own_kv = self._sizes.kv_session(level, rows) + self._sizes.kv_in_chunk(level)
+        own_kv = self._sizes.kv_session(level, rows) + self._sizes.kv_in_chunk(level, rows)
         room = self.ledger.free + owners["logits"][0] + max(0, held - touched - own_kv)
         if rows * vocab * 4 > room:
             raise BudgetError(

@@ -205,13 +205,21 @@ class Park:
         self, sequence: int, keys: Sequence[bytes], most: int, until: float, limit: int
     ) -> int:
         """Append the pages `keys` to a sequence that ends with a full one, as far as they are in
-        the folder and reading is faster, with at most so many rungs; ends at `until`, or when all
-        pages in memory take more than `limit` bytes. Returns how many."""
+        the folder and reading is faster, with at most so many rungs. After a page in any case it
+        ends at `until`, or when all in memory take more than `limit` bytes, where the sequence
+        could go on. Returns how many."""
         folder, count, size = self.folder, 0, self._stored[True][most]
         if folder is None:
             return 0
         executor = self._executor
-        while count < len(keys) and self._clock() < until and executor.kv_used_bytes <= limit:
+
+        def enough() -> bool:
+            if self._clock() < until and executor.kv_used_bytes <= limit:
+                return False
+            pages = executor.pages(sequence)  # those that gave something up need others behind them
+            return executor.kv_usable(pages) == len(pages)
+
+        while count < len(keys) and not (count and enough()):
             if not folder.has(keys[count]) or not self.rates.choose(size, self._tokens):
                 break
             begin = self._clock()

@@ -106,10 +106,9 @@ class Schedule:
 
     seen, kept: uint8 [ages]: rungs that are used, and that are in memory; 0: exact
     whole_age:  up to which pages in memory are whole; None: at any
-    varies:     whether pages have other forms than when they were written
     """
 
-    __slots__ = ("_bytes", "_total", "_values", "kept", "seen", "varies", "whole_age")
+    __slots__ = ("_bytes", "_session", "_total", "_values", "kept", "seen", "whole_age")
 
     def __init__(self, seen: npt.NDArray[np.uint8], page: PageBytes) -> None:
         self.seen = seen
@@ -124,15 +123,20 @@ class Schedule:
             values[old] = page.global_only[0]
         self._total = np.concatenate(([0], np.cumsum(self._bytes)))
         self._values = np.concatenate(([0], np.cumsum(values)))
-        self.varies = bool(seen[0]) or self.whole_age is not None
+        self._session = self._total + page.whole[0] * np.append(False, self._bytes != page.whole[0])
 
     def form(self, age: int) -> Form:
         """What a page of an age has in memory."""
         whole = self.whole_age is None or age <= self.whole_age
         return Form(int(self.kept[min(age, len(self.kept) - 1)]), whole)
 
+    def varies(self, full: int) -> bool:
+        """Whether the oldest of so many full pages has another form than when it was written."""
+        full = min(full, len(self._bytes))
+        return bool(self._session[full] > self._total[full])
+
     def total(self, full: int) -> int:
-        """Bytes of a sequence of `full` full pages."""
+        """Bytes of `full` full pages of a sequence."""
         return int(self._total[full])
 
     def bits(self, full: int) -> float:
@@ -141,8 +145,8 @@ class Schedule:
         return 16 * int(self._total[full]) / int(self._values[full])
 
     def pages_within(self, size: int) -> int:
-        """Full pages of a sequence that fit into `size` bytes."""
-        return int(np.searchsorted(self._total, size, "right")) - 1 if size >= 0 else -1
+        """Full pages of a sequence that fit into `size` bytes, with an exact one where they vary."""
+        return int(np.searchsorted(self._session, size, "right")) - 1 if size >= 0 else -1
 
     def bytes(self, full: tuple[int, ...]) -> int:
         """Bytes of so many full pages of each age; older ones are as the oldest."""
@@ -152,10 +156,9 @@ class Schedule:
             counts[known:].sum() * self._bytes[-1]
         )
 
-    @property
-    def least(self) -> int:
-        """Bytes of the oldest page."""
-        return int(self._bytes[-1])
+    def oldest(self, full: int) -> int:
+        """Bytes of the oldest of `full` full pages; 1 at least."""
+        return int(self._bytes[min(full, len(self._bytes)) - 1])
 
     def divergence(self, full: int, quality: npt.NDArray[np.float64]) -> float:
         """The KL that is expected after `full` full pages; `quality[rungs - 1]`: where all pages

@@ -119,29 +119,27 @@ class PackSizes:
         return make_schedule(level, self._page, self.pages(self.context) + 1)
 
     def kv_bytes(self, level: int, ages: Ages) -> int:
-        """Bytes of some sequences. Where pages change with age, each has one more, which is exact
-        and whole."""
+        """Bytes of some sequences. Where pages vary with age, each has one more as it is written:
+        exact and whole."""
         schedule = self.schedule(level)
-        exact = ages.sequences if schedule.varies else ages.partial
-        return schedule.bytes(ages.full) + exact * self.kv_page_bytes
+        written = ages.sequences if schedule.varies(len(ages.full)) else ages.partial
+        return schedule.bytes(ages.full) + written * self.kv_page_bytes
 
     def kv_session(self, level: int, tokens: int) -> int:
         """Bytes of one session of so many tokens: `kv_bytes` of it alone."""
-        full, rest = divmod(tokens, self.kv_page_tokens)
-        schedule = self.schedule(level)
-        exact = tokens if schedule.varies else rest
-        return schedule.total(full) + int(exact > 0) * self.kv_page_bytes
+        schedule, (full, rest) = self.schedule(level), divmod(tokens, self.kv_page_tokens)
+        written = int(rest > 0 or schedule.varies(full))
+        return schedule.total(full) + written * self.kv_page_bytes
 
     def kv_context(self, level: int, size: int) -> int:
         """Tokens of one session that fit into `size` bytes, in whole pages."""
-        schedule = self.schedule(level)
-        exact = self.kv_page_bytes if schedule.varies else 0
-        return max(schedule.pages_within(size - exact), 0) * self.kv_page_tokens
+        return max(self.schedule(level).pages_within(size), 0) * self.kv_page_tokens
 
-    def kv_in_chunk(self, level: int) -> int:
+    def kv_in_chunk(self, level: int, context: int) -> int:
         """Bytes that pages have too many while a chunk of a prompt fills them: coded ones are exact
-        besides, and others are not what they will be once they are old."""
-        old = 0 if level else self.schedule(level).least
+        besides, and exact ones are whole where the oldest are not."""
+        full = max(context // self.kv_page_tokens, 1)
+        old = 0 if level else self.schedule(level).oldest(full)
         return self.kv_chunk * (self.kv_page_bytes - old)
 
     def kv_bits(self, level: int, context: int) -> float:
@@ -408,7 +406,7 @@ def _plan_at(
         most = _plan(sizes, fixed, wish, rungs, most_context, level)
         for_kv = max(min(room // KV_SHARE, most.kv), least.kv)
         rungs = max(rungs, bisect_right(sizes.arena, room - for_kv) - 1)
-    left = room - sizes.arena[rungs] - sizes.kv_in_chunk(level)
+    left = room - sizes.arena[rungs] - sizes.kv_in_chunk(level, most_context)
     context = min(sizes.kv_context(level, left // wish.sessions), most_context)
     return _plan(sizes, fixed, wish, rungs, max(context, least_context(sizes, wish)), level)
 
@@ -437,10 +435,10 @@ def _plan(
     context: int,
     level: int,
 ) -> Plan:
-    weights, chunk = sizes.weights[rungs], sizes.kv_in_chunk(level)
+    weights, longest = sizes.weights[rungs], max(context, wish.least_context)
+    chunk = sizes.kv_in_chunk(level, longest)
     kv = max(sizes.kv_session(level, context) * wish.sessions, _held(sizes, wish, level))
     kl = expected_kl(sizes.quality, weights) if sizes.coded else None
-    longest = max(context, wish.least_context)
     kv_kl = sizes.kv_divergence(level, longest)
     return Plan(
         memory=wish.memory,
