@@ -145,7 +145,8 @@ class Schedule:
         return 16 * int(self._total[full]) / int(self._values[full])
 
     def pages_within(self, size: int) -> int:
-        """Full pages of a sequence that fit into `size` bytes, with an exact one where they vary."""
+        """Full pages of a sequence that fit into `size` bytes, with one as it is written where they
+        vary."""
         return int(np.searchsorted(self._session, size, "right")) - 1 if size >= 0 else -1
 
     def bytes(self, full: tuple[int, ...]) -> int:
