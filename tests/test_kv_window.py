@@ -500,15 +500,17 @@ EXACT = replace(SIZES, kv_rungs=[], kv_quality=[], kv_global=[320])
 def test_bytes_and_bits_of_pages(level: int, full: int) -> None:
     page = PageBytes((1600, 300, 400, 500, 600, 700), (320, 60, 80, 100, 120, 140), 16)
     schedule = make_schedule(level, page, 65)
-    total = values = 0.0
+    total = bits = 0.0
     for age in range(full):
         form = schedule.form(age)
         assert form.whole == (age <= 16 + SLACK)
         assert form.rungs == schedule.kept[age]
         total += (page.whole if form.whole else page.global_only)[form.rungs]
-        values += (page.whole if form.whole else page.global_only)[0]
+        bits += 16 * page.whole[form.rungs] / 1600
     assert schedule.total(full) == total == schedule.bytes((1,) * full)
-    assert schedule.bits(full) == pytest.approx(16 * total / values)
+    assert schedule.bits(full) == pytest.approx(bits / full)
+    without = make_schedule(level, replace(page, global_only=(), local_age=0), 65)
+    assert schedule.bits(full) == without.bits(full)
     if not level:
         assert schedule.bits(full) == 16
 

@@ -108,7 +108,7 @@ class Schedule:
     whole_age:  up to which pages in memory are whole; None: at any
     """
 
-    __slots__ = ("_bytes", "_session", "_total", "_values", "kept", "seen", "whole_age")
+    __slots__ = ("_bits", "_bytes", "_session", "_total", "kept", "seen", "whole_age")
 
     def __init__(self, seen: npt.NDArray[np.uint8], page: PageBytes) -> None:
         self.seen = seen
@@ -116,13 +116,11 @@ class Schedule:
         self.kept = seen[np.where(ages > 0, np.maximum(ages - SLACK, 1), 0)]
         self.whole_age = page.local_age + SLACK if page.global_only else None
         self._bytes = np.array(page.whole, np.int64)[self.kept]
-        values = np.full(len(seen), page.whole[0], np.int64)
+        self._bits = np.cumsum(16 * self._bytes / page.whole[0])
         if self.whole_age is not None:
             old = ages > self.whole_age
             self._bytes[old] = np.array(page.global_only, np.int64)[self.kept[old]]
-            values[old] = page.global_only[0]
         self._total = np.concatenate(([0], np.cumsum(self._bytes)))
-        self._values = np.concatenate(([0], np.cumsum(values)))
         self._session = self._total + page.whole[0] * np.append(False, self._bytes != page.whole[0])
 
     def form(self, age: int) -> Form:
@@ -140,9 +138,9 @@ class Schedule:
         return int(self._total[full])
 
     def bits(self, full: int) -> float:
-        """Mean bits of a value, scales included, in so many pages; what is given up for being out
-        of sight is no value any more."""
-        return 16 * int(self._total[full]) / int(self._values[full])
+        """Mean bits of a value, scales included, over so many pages; each counts the same, whole or
+        not, so a number says as much of the depth with windows as without."""
+        return float(self._bits[full - 1]) / full
 
     def pages_within(self, size: int) -> int:
         """Full pages of a sequence that fit into `size` bytes, with one as it is written where they
