@@ -308,10 +308,14 @@ def test_the_limit_holds_and_the_oldest_go_first(folder: PageFolder) -> None:
 def test_what_is_not_ours_stays_and_is_not_counted(folder: PageFolder) -> None:
     (folder.path / "notes.txt").write_bytes(b"x" * 50_000)
     (folder.path / f"{'0' * 32}-{'1' * 32}.kv3").write_bytes(b"x" * 50_000)
+    (folder.path / f"{ORIGIN.hex()}-{'0' * 31}1.kv1").write_bytes(
+        b"x" * 50_000
+    )  # not read any more
     old, new = (folder.path / f".1-{digit * 16}.tmp" for digit in "12")
     for file in (old, new):
         file.write_bytes(b"x" * 50_000)
     os.utime(old, (0, 0))
+    assert not folder.has(bytes(15) + b"\1")
     again = PageFolder(folder.path, 10_000, ORIGIN, KINDS)
     assert again.bytes == 0
     put(again, 1)

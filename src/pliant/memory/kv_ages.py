@@ -121,7 +121,8 @@ class Schedule:
             old = ages > self.whole_age
             self._bytes[old] = np.array(page.global_only, np.int64)[self.kept[old]]
         self._total = np.concatenate(([0], np.cumsum(self._bytes)))
-        self._session = self._total + page.whole[0] * np.append(False, self._bytes != page.whole[0])
+        varies = (self.kept > 0) | (self._bytes != page.whole[0])
+        self._session = self._total + page.whole[0] * np.append(False, varies)
 
     def form(self, age: int) -> Form:
         """What a page of an age has in memory."""
