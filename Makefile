@@ -67,7 +67,7 @@ bench: .venv/.pliant $(DEMO)/pliant.json
 # The C++ core with address and undefined-behaviour sanitizers, under the tests that reach it: every kernel
 # that the processor has, the tokenizer, the sampler, the cache, and broken packs and files. It ends at the
 # first finding. Output is captured from Python alone, so that what a sanitizer says at the end is seen.
-SANITIZED := executor parking broken_packs tokenizer sampling scheduler cache store store_fuzz
+SANITIZED := executor parking kv_window broken_packs tokenizer sampling scheduler cache store store_fuzz
 sanitize: .venv/.depends
 	cmake -S . -B build/sanitize -DPLIANT_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
