@@ -402,18 +402,19 @@ uint64_t KvCache::touched_bytes() const {
 
 uint64_t KvCache::trim() {
     uint64_t given = 0;
-    const auto release = [&](Arena& arena, uint64_t begin, uint64_t& touched) {
-        if (touched == 0) return;
-        arena.release(begin, begin + touched);
-        given += touched;
-        touched = 0;
+    const auto release = [&](Arena& arena, const std::vector<int>& unused, uint64_t size,
+                             std::vector<uint64_t>& touched) {
+        for (const int number : unused) {
+            uint64_t& bytes = touched[static_cast<size_t>(number)];
+            if (bytes == 0) continue;
+            const uint64_t begin = size * static_cast<uint64_t>(number);
+            arena.release(begin, begin + bytes);
+            given += bytes;
+            bytes = 0;
+        }
     };
-    for (int half : halves_)
-        release(arena_, page_bytes_ * static_cast<uint64_t>(half),
-                touched_[static_cast<size_t>(half)]);
-    for (int page : free_)
-        release(slots_, static_cast<uint64_t>(slot(page) - slots_.data()),
-                slot_touched_[static_cast<size_t>(page)]);
+    release(arena_, halves_, page_bytes_, touched_);
+    if (ladder.present()) release(slots_, free_, ladder.bytes(ladder.rungs()), slot_touched_);
     return given;
 }
 
