@@ -210,6 +210,7 @@ def test_memory_is_that_of_the_forms(path: Path, exact: bool) -> None:
 
 
 @pytest.mark.own_process
+@pytest.mark.resident
 def test_the_kernel_has_it_back(tmp_path: Path, exact: bool) -> None:
     path = write_random_pack(
         tmp_path / "pack", least=4, layers=8, layer_window=[40] * 7 + [0], head_dim=64, kv_heads=4,

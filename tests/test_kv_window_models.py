@@ -134,7 +134,6 @@ def test_answers_that_give_way(tiny: Path, tmp_path: Path, bits: float, folder: 
                 found += [tuple(answer.tokens) for answer in answers]
             scheduler.close()
             assert model._executor.kv_used_bytes <= model.plan.kv
-            assert model.audit().ok
         return found
 
     want = tokens(False, context=960, sessions=8)
@@ -266,6 +265,5 @@ def test_a_model_holds_more_with_windows(tiny: Path) -> None:
             session.feed(some_ids(256, 1000))
         assert model._executor.kv_used_bytes <= model.plan.kv
         assert model.report().parked == 0
-        assert model.audit().ok
         for session in sessions:
             session.close()
