@@ -10,8 +10,6 @@
 
 namespace pliant {
 
-constexpr int kHeadRows = 256;  // rows of the head that a thread computes before it scatters them
-
 // A zeroed array aligned to 64 bytes.
 template <typename T>
 class Aligned {
@@ -130,7 +128,7 @@ struct Executor::Buffers {
             own.emplace_back(1, std::max({m.hidden, m.heads * m.head_dim, m.ffn}));
             own_residual.emplace_back(static_cast<size_t>(m.hidden));
             scratch.emplace_back(kScratchBytes);
-            head.emplace_back(static_cast<size_t>(chunk) * kHeadRows);
+            head.emplace_back(static_cast<size_t>(m.vocab));
             attention.emplace_back(padded_head_);
         }
     }
@@ -164,7 +162,7 @@ struct Executor::Buffers {
     std::vector<Aligned<float>> own_residual;
     OutputBuffer q, k, v, gate, up, out;
     std::vector<Aligned<uint8_t>> scratch;
-    std::vector<Aligned<float>> head;
+    std::vector<Aligned<float>> head;  // logits of a token, to be put in order
     std::vector<AttentionRoom> attention;
 
   private:

@@ -62,8 +62,7 @@ struct CodedMatrix {
     std::vector<CodedBlock> blocks;
     std::vector<float> row_scale;     // of all blocks; the last one padded
     std::vector<float> group_scale;   // [blocks][groups]
-    std::vector<uint32_t> row_order;  // stored row -> source row; empty if they are the same
-    std::vector<uint32_t> position;   // source row -> stored row, likewise
+    std::vector<uint32_t> position;   // source row -> stored row; empty if they are the same
 };
 
 // Input vectors of some tokens after gathering, rotating and coding: value ≈ (hi + lo / 256) ·

@@ -11,7 +11,7 @@ namespace pliant {
 
 namespace {
 
-constexpr size_t kLayerPhases = 11, kOtherPhases = 4;  // of a chunk; see forward.cpp
+constexpr size_t kLayerPhases = 11, kOtherPhases = 5;  // of a chunk; see forward.cpp
 
 void check(const ModelSpec& m) {
     const auto positive = [](int value, const char* name) {

@@ -10,6 +10,8 @@ namespace {
 
 int supertiles(const Linear& linear) { return (linear.rows + kSupertile - 1) / kSupertile; }
 
+constexpr int kHeadTiles = 8;  // supertiles of the head in a task
+
 float bf16_to_float(uint16_t half) {
     return std::bit_cast<float>(static_cast<uint32_t>(half) << 16);
 }
@@ -202,7 +204,7 @@ void Forward::feed_forward(Worker& w, int l) {
 }
 
 // The last norm, and logits of the tokens for which they are wanted: these are gathered to the
-// front of the inputs.
+// front of the inputs, and have neighbouring rows of the results.
 void Forward::results(Worker& w) {
     const Norm* after = &e_.layers_.back().ffn_post_norm;
     const auto last_norm = [&](int t, bool keep, float* to) {
@@ -217,16 +219,39 @@ void Forward::results(Worker& w) {
                                     static_cast<size_t>(m_.hidden));
         });
     if (wanted_.empty()) return;
-    constexpr int kTiles = kHeadRows / kSupertile;
-    const int all = supertiles(e_.head());
+    const std::vector<uint32_t>* places = nullptr;  // of the rows of the head, if in another order
+    if (e_.head().coded >= 0) places = &e_.weights.matrix(e_.head().coded).position;
+    if (places != nullptr && places->empty()) places = nullptr;
+    const int count = static_cast<int>(wanted_.size()), all = supertiles(e_.head());
+    const size_t vocab = static_cast<size_t>(m_.vocab);
+    float* const logits = logits_ + static_cast<size_t>(at(chunk_, wanted_.front()).logits) * vocab;
+    // A single row is put in order on its way from a buffer, several within themselves.
+    float* const to = places != nullptr && count == 1 ? b_.head.front().data() : logits;
     block(
-        w, static_cast<int>(wanted_.size()),
+        w, count,
         [&](int i, bool keep) {
             last_norm(at(wanted_, i), keep, w.in.row(i));
             code(w, i, w.in.row(i), {&e_.head()});
         },
-        (all + kTiles - 1) / kTiles,
-        [&](int i) { head_rows(w, i * kTiles, std::min((i + 1) * kTiles, all)); });
+        (all + kHeadTiles - 1) / kHeadTiles,
+        [&](int i) { head_rows(w, i * kHeadTiles, std::min((i + 1) * kHeadTiles, all), to); });
+    if (places == nullptr) return;
+    // Gathered, not scattered: threads that write to the same lines of the cache wait for each other.
+    const auto gather = [&](const float* from, float* row, int first, int last) {
+        for (int id = first; id < last; ++id) row[id] = from[at(*places, id)];
+    };
+    if (count == 1) {
+        constexpr int kPiece = 8192;
+        phase(w, (m_.vocab + kPiece - 1) / kPiece, [&](int i) {
+            gather(to, logits, i * kPiece, std::min((i + 1) * kPiece, m_.vocab));
+        });
+        return;
+    }
+    phase(w, count, [&](int i) {
+        float *const row = logits + static_cast<size_t>(i) * vocab, *copy = at(b_.head, w.self).data();
+        std::copy_n(row, vocab, copy);
+        gather(copy, row, 0, m_.vocab);
+    });
 }
 
 // The residual of a token with what the last block has put out, through its norm if it has one;
@@ -306,26 +331,23 @@ int Forward::grain(int supertiles) const {
     return std::max(1, supertiles / tasks);
 }
 
-// Supertiles of the head are computed into a small buffer and then scattered to their places.
-void Forward::head_rows(const Worker& w, int first, int last) {
-    const Linear& head = e_.head();
-    const int rows = static_cast<int>(wanted_.size());
-    const int begin = first * kSupertile, count = std::min(last * kSupertile, m_.vocab) - begin;
-    float* buffer = at(b_.head, w.self).data();
-    multiply(w, head, rows, first, last, buffer, kHeadRows);
-    const uint32_t* order = nullptr;
-    if (head.coded >= 0 && !e_.weights.matrix(head.coded).row_order.empty())
-        order = e_.weights.matrix(head.coded).row_order.data() + begin;
-    for (int i = 0; i < rows; ++i) {
-        float* from = buffer + static_cast<size_t>(i) * kHeadRows;
-        float* to = logits_ + static_cast<size_t>(at(chunk_, at(wanted_, i)).logits) *
-                                  static_cast<size_t>(m_.vocab);
-        if (m_.logit_softcap > 0.0f) kernels_.softcap(from, count, m_.logit_softcap);
-        if (order == nullptr)
-            std::copy_n(from, count, to + begin);
-        else
-            for (int r = 0; r < count; ++r) to[order[r]] = from[r];
+// Supertiles of the head, [wanted][vocab] in the order in which they are stored.
+void Forward::head_rows(const Worker& w, int first, int last, float* logits) {
+    const int rows = static_cast<int>(wanted_.size()), whole = m_.vocab / kSupertile;
+    const size_t vocab = static_cast<size_t>(m_.vocab);
+    multiply(w, e_.head(), rows, first, std::min(last, whole), logits + first * kSupertile, vocab);
+    const int begin = first * kSupertile, end = std::min(last * kSupertile, m_.vocab);
+    if (last > whole) {  // kernels write whole supertiles
+        float rest[kMaxTokens * kSupertile];
+        multiply(w, e_.head(), rows, whole, last, rest, kSupertile);
+        for (int i = 0; i < rows; ++i)
+            std::copy_n(rest + i * kSupertile, end - whole * kSupertile,
+                        logits + static_cast<size_t>(i) * vocab + whole * kSupertile);
     }
+    if (m_.logit_softcap > 0.0f)
+        for (int i = 0; i < rows; ++i)
+            kernels_.softcap(logits + static_cast<size_t>(i) * vocab + begin, end - begin,
+                             m_.logit_softcap);
 }
 
 }  // namespace pliant

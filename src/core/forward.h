@@ -95,7 +95,7 @@ class Forward {
     void with_newest(int l, int kv_head, const Attended& sum, const Attended& newest) const;
     void code_page(int l, int kv_head, const FullPage& full);
     void mean_of_parts(int l, float* out) const;
-    void head_rows(const Worker& w, int first, int last);
+    void head_rows(const Worker& w, int first, int last, float* logits);
 
     Executor& e_;
     const ModelSpec& m_;

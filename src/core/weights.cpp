@@ -60,7 +60,6 @@ int Weights::add_matrix(int rows, int columns, int input, const std::vector<int>
         matrix.blocks[b].group_scale = matrix.group_scale.data() + b * groups;
     }
     if (row_order != nullptr) {
-        matrix.row_order.assign(row_order, row_order + rows);
         matrix.position.assign(static_cast<size_t>(rows), UINT32_MAX);
         for (uint32_t stored = 0; stored < static_cast<uint32_t>(rows); ++stored) {
             const uint32_t source = row_order[stored];
@@ -135,7 +134,7 @@ uint64_t Weights::table_bytes() const {
     for (const auto& order : orders_) bytes += order.capacity() * 2;
     for (const CodedMatrix& m : matrices_) {
         bytes += m.row_scale.capacity() * 4 + m.group_scale.capacity() * 4 +
-                 (m.position.capacity() + m.row_order.capacity()) * 4;
+                 m.position.capacity() * 4;
         for (const CodedBlock& b : m.blocks)
             bytes += sizeof b + b.codes.capacity() * 8 + b.planes.capacity() * 8 +
                      b.depth.capacity() + b.runs.capacity() * sizeof(Run);

@@ -113,7 +113,7 @@ class Walk {
         const size_t group = static_cast<size_t>(g), tile = static_cast<size_t>(supertile_);
         batch.group[i] = g;
         row_steps(block.codes[group], tile, _mm512_load_ps(p_.levels->steps), batch.step[i]);
-        factors_of(p_, g, depth, batch.factors[i]);
+        factors_of(p_, g, depth, 0, p_.tokens, batch.factors[i]);
         with_depth(depth, [&]<int N>() {
             const Table<N> hi(p_.levels->hi[N], 0), lo(p_.levels->lo[N], 0);
             const uint8_t* planes[N];
@@ -254,7 +254,7 @@ void coded_product(const CodedProduct& p) {
     if (p.tokens < kFewTokens || p.block->runs.empty()) return avx512::coded_product(p);
     const Tiling tiling(p.tokens);
     configure(Config(tiling.rows));
-    float* sums = reinterpret_cast<float*>(p.scratch + 2 * kSupertile * kGroup);
+    float* sums = reinterpret_cast<float*>(p.scratch);
     Batch batch;
     for (Walk walk(p); walk.next(batch);)
         batch.wide ? multiply<true>(p, tiling, batch, sums)

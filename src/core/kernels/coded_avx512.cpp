@@ -2,6 +2,8 @@
 //
 // Levels are unsigned, level + 128, and multiplied with vpdpbusd; lanes are rows. The 128 is taken
 // out again through the sum of the inputs.
+#include <array>
+
 #include "ops.h"
 #include "plies_avx512.h"
 
@@ -21,157 +23,131 @@ PLIANT_INLINE __m512i broadcast(const int8_t* x) {
     return _mm512_set1_epi32(four);
 }
 
-// One token: plies go from memory through registers straight into the sums. Group after group, so
-// that every ply is read as one stream.
-template <int N>
-void run_vector(const CodedProduct& p, const Run& run) {
+// The sums of T tokens and a tile. Members of nested structs become registers; elements of arrays
+// that live through a loop stay in memory.
+template <bool Wide, int T>
+struct Sums {
+    __m512i top, middle;
+    Sums<Wide, T - 1> rest;
+
+    PLIANT_INLINE void start(const int32_t* sum_hi, const int32_t* sum_lo) {
+        top = _mm512_set1_epi32(-128 * *sum_hi);
+        if constexpr (Wide) middle = _mm512_set1_epi32(-128 * (*sum_lo + *sum_hi));
+        rest.start(sum_hi + 1, sum_lo + 1);
+    }
+    PLIANT_INLINE void clear() {
+        top = middle = _mm512_setzero_si512();
+        rest.clear();
+    }
+    PLIANT_INLINE void add(const int8_t* xh, const int8_t* xl, __m512i w, __m512i l) {
+        const __m512i x = broadcast(xh);
+        add_product(top, w, x);
+        if constexpr (Wide) {
+            add_product(middle, w, broadcast(xl));
+            add_product(middle, l, x);
+        }
+        rest.add(xh + kGroup, xl + kGroup, w, l);
+    }
+    PLIANT_INLINE void add(const Sums& more) {
+        top = _mm512_add_epi32(top, more.top);
+        if constexpr (Wide) middle = _mm512_add_epi32(middle, more.middle);
+        rest.add(more.rest);
+    }
+    PLIANT_INLINE void finish(const float* factors, __m512 step, float* sums) const {
+        const __m512 value = to_float<Wide>(top, middle);
+        _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_mul_ps(value, step),
+                                              _mm512_set1_ps(*factors), _mm512_load_ps(sums)));
+        rest.finish(factors + 1, step, sums + kSupertile);
+    }
+};
+template <bool Wide>
+struct Sums<Wide, 0> {
+    PLIANT_INLINE void start(const int32_t*, const int32_t*) {}
+    PLIANT_INLINE void clear() {}
+    PLIANT_INLINE void add(const int8_t*, const int8_t*, __m512i, __m512i) {}
+    PLIANT_INLINE void add(const Sums&) {}
+    PLIANT_INLINE void finish(const float*, __m512, float*) const {}
+};
+
+// Supertiles whose sums, [supertiles][tokens][32], are made together.
+struct Strip {
+    const CodedProduct& p;
+    int first, last;
+    float* sums;
+};
+
+// Adds the products of T tokens from `token` on with a run: plies go from memory through registers
+// straight into the sums. Group after group, so that every ply is read as one stream.
+template <int N, int T>
+void multiply(const Strip& strip, const Run& run, int token) {
+    constexpr bool kWide = N >= kWideDepth;
+    constexpr bool kApart = T <= 2;  // too few sums for their products not to wait for each other
+    const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
+    const size_t above = static_cast<size_t>(strip.first) * 256;  // bytes
     const __m512 steps = _mm512_load_ps(p.levels->steps);
     const Table<N> hi(p.levels->hi[N], 0x80), lo(p.levels->lo[N], 0x80);
-    for (int g = run.first; g < run.first + run.count; ++g) {
-        const size_t at_x = p.x->at(g, 0);
-        const int8_t* xh = p.x->hi + at_x * kGroup;
-        const int8_t* xl = p.x->lo + at_x * kGroup;
-        const int32_t bias_top = -128 * p.x->sum_hi[at_x];
-        const int32_t bias_middle = -128 * (p.x->sum_lo[at_x] + p.x->sum_hi[at_x]);
-        const __m512 factor = _mm512_set1_ps(factor_of(p, 0, g, N));
+    for (int g = run.first, end = g + run.count; g < end; ++g) {
+        const size_t begin = p.x->at(g, token);
+        const int8_t* const xh = p.x->hi + begin * kGroup;
+        const int8_t* const xl = p.x->lo + begin * kGroup;
+        const int32_t *const sum_hi = p.x->sum_hi + begin, *const sum_lo = p.x->sum_lo + begin;
+        alignas(64) float factors[16];
+        factors_of(p, g, N, token, T, factors);
         const uint8_t* const codes = block.codes[static_cast<size_t>(g)];
-        const bool more = g + 1 < run.first + run.count;
+        const bool more = g + 1 < end;
         const uint8_t *planes[N], *following[N];
         for (int i = 0; i < N; ++i) {
             const size_t at = static_cast<size_t>(g * kMaxDepth + i);
-            planes[i] = block.planes[at] + static_cast<size_t>(p.first) * 256;
-            following[i] =
-                !more ? nullptr : block.planes[at + kMaxDepth] + static_cast<size_t>(p.first) * 256;
+            planes[i] = block.planes[at] + above;
+            following[i] = more ? block.planes[at + kMaxDepth] + above : nullptr;
         }
-        float* out = p.out;
-        for (int s = p.first; s < p.last; ++s, out += kSupertile) {
+        float* sums = strip.sums + token * kSupertile;
+        for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
             // The rows after the last are another thread's; this one goes on with the next group.
-            if (const int beyond = s + kAhead - p.last; beyond < 0)
+            if (const int beyond = s + kAhead - strip.last; beyond < 0)
                 fetch<N>(planes, kAhead);
-            else if (more && p.first + beyond < p.last)
+            else if (more && strip.first + beyond < strip.last)
                 fetch<N>(following, beyond);
             __m512 step[2];
             row_steps(codes, static_cast<size_t>(s), steps, step);
             repeat<2>([&]<int half>() PLIANT_LAMBDA {
-                __m512i top[2] = {_mm512_set1_epi32(bias_top), _mm512_setzero_si512()};
-                __m512i middle[2] = {_mm512_set1_epi32(bias_middle), _mm512_setzero_si512()};
+                Sums<kWide, T> sum, other;
+                sum.start(sum_hi, sum_lo);
+                if constexpr (kApart) other.clear();
                 repeat<2>([&]<int h>() PLIANT_LAMBDA {
                     __m512i index[8];
                     collect<N>(planes, static_cast<size_t>(128 * half + 64 * h), index);
                     repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                        const __m512i x = broadcast(xh + 32 * h + 4 * j);
+                        constexpr int kAt = 32 * h + 4 * j;
                         const __m512i w = hi(index[j]);
-                        top[h] = _mm512_dpbusd_epi32(top[h], w, x);
-                        if constexpr (N >= kWideDepth) {
-                            const __m512i y = broadcast(xl + 32 * h + 4 * j);
-                            middle[0] = _mm512_dpbusd_epi32(middle[0], w, y);
-                            middle[1] = _mm512_dpbusd_epi32(middle[1], lo(index[j]), x);
-                        }
+                        __m512i l = w;
+                        if constexpr (kWide) l = lo(index[j]);
+                        (kApart && h == 1 ? other : sum).add(xh + kAt, xl + kAt, w, l);
                     });
                 });
-                const __m512 value = to_float<(N >= kWideDepth)>(
-                    _mm512_add_epi32(top[0], top[1]), _mm512_add_epi32(middle[0], middle[1]));
-                _mm512_storeu_ps(out + 16 * half,
-                                 _mm512_fmadd_ps(_mm512_mul_ps(value, step[half]), factor,
-                                                 _mm512_loadu_ps(out + 16 * half)));
+                if constexpr (kApart) sum.add(other);
+                sum.finish(factors, step[half], sums + 16 * half);
             });
             repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
         }
     }
 }
 
-// The sums of T tokens and two tiles. Members of nested structs become registers; elements of
-// arrays that live through a loop stay in memory.
-template <bool Wide, int T>
-struct Sums {
-    __m512i top0, top1, middle0, middle1;
-    Sums<Wide, T - 1> rest;
-
-    PLIANT_INLINE void start(const int32_t* sum_hi, const int32_t* sum_lo) {
-        top0 = top1 = _mm512_set1_epi32(-128 * *sum_hi);
-        if constexpr (Wide) middle0 = middle1 = _mm512_set1_epi32(-128 * (*sum_lo + *sum_hi));
-        rest.start(sum_hi + 1, sum_lo + 1);
-    }
-    PLIANT_INLINE void add(const int8_t* xh, const int8_t* xl, __m512i w0, __m512i w1, __m512i l0,
-                           __m512i l1) {
-        const __m512i x = broadcast(xh);
-        add_product(top0, w0, x);
-        add_product(top1, w1, x);
-        if constexpr (Wide) {
-            const __m512i y = broadcast(xl);
-            add_product(middle0, w0, y);
-            add_product(middle1, w1, y);
-            add_product(middle0, l0, x);
-            add_product(middle1, l1, x);
-        }
-        rest.add(xh + kGroup, xl + kGroup, w0, w1, l0, l1);
-    }
-    PLIANT_INLINE void finish(const float* factors, __m512 step0, __m512 step1, float* sums) {
-        const __m512 factor = _mm512_set1_ps(*factors);
-        const __m512 value0 = to_float<Wide>(top0, middle0), value1 = to_float<Wide>(top1, middle1);
-        _mm512_store_ps(
-            sums, _mm512_fmadd_ps(_mm512_mul_ps(value0, step0), factor, _mm512_load_ps(sums)));
-        _mm512_store_ps(sums + 16, _mm512_fmadd_ps(_mm512_mul_ps(value1, step1), factor,
-                                                   _mm512_load_ps(sums + 16)));
-        rest.finish(factors + 1, step0, step1, sums + kSupertile);
-    }
-};
-template <bool Wide>
-struct Sums<Wide, 0> {
-    PLIANT_INLINE void start(const int32_t*, const int32_t*) {}
-    PLIANT_INLINE void add(const int8_t*, const int8_t*, __m512i, __m512i, __m512i, __m512i) {}
-    PLIANT_INLINE void finish(const float*, __m512, __m512, float*) {}
-};
-
-// Adds the products of T tokens from `first` on with the decoded group to sums[token][32].
-template <int N, int T>
-void tokens_block(const CodedProduct& p, int g, int first, const uint8_t* wh, const uint8_t* wl,
-                  const float* factors, const __m512* step, float* sums) {
-    constexpr bool kWide = N >= kWideDepth;
-    const size_t begin = p.x->at(g, first);
-    const int8_t* xh = p.x->hi + begin * kGroup;
-    const int8_t* xl = p.x->lo + begin * kGroup;
-    Sums<kWide, T> sum;
-    sum.start(p.x->sum_hi + begin, p.x->sum_lo + begin);
-    for (int q = 0; q < 16; ++q, wh += 128, wl += 128, xh += 4, xl += 4) {
-        const __m512i w0 = _mm512_load_si512(wh), w1 = _mm512_load_si512(wh + 64);
-        __m512i l0 = w0, l1 = w1;
-        if constexpr (kWide) {
-            l0 = _mm512_load_si512(wl);
-            l1 = _mm512_load_si512(wl + 64);
-        }
-        sum.add(xh, xl, w0, w1, l0, l1);
-    }
-    sum.finish(factors + first, step[0], step[1], sums + first * kSupertile);
-}
-
-// … of all tokens.
+// … of all tokens, in blocks of nearly the same size.
 template <int N>
-void all_tokens(const CodedProduct& p, int g, const uint8_t* wh, const uint8_t* wl,
-                const float* factors, const __m512* step, float* sums) {
-    constexpr int kBlock = N >= kWideDepth ? 6 : 12;  // as many sums as there are registers
-    int t = 0;
-    for (; t + kBlock <= p.tokens; t += kBlock)
-        tokens_block<N, kBlock>(p, g, t, wh, wl, factors, step, sums);
-    if constexpr (kBlock > 6)
-        if (t + 6 <= p.tokens) {
-            tokens_block<N, 6>(p, g, t, wh, wl, factors, step, sums);
-            t += 6;
-        }
-    switch (p.tokens - t) {
-        case 1:
-            return tokens_block<N, 1>(p, g, t, wh, wl, factors, step, sums);
-        case 2:
-            return tokens_block<N, 2>(p, g, t, wh, wl, factors, step, sums);
-        case 3:
-            return tokens_block<N, 3>(p, g, t, wh, wl, factors, step, sums);
-        case 4:
-            return tokens_block<N, 4>(p, g, t, wh, wl, factors, step, sums);
-        case 5:
-            return tokens_block<N, 5>(p, g, t, wh, wl, factors, step, sums);
-        default:
-            return;
+void all_tokens(const Strip& strip, const Run& run) {
+    constexpr int kBlock = N < 7 ? 8 : 4;  // as many sums as there are registers
+    using Block = void (*)(const Strip&, const Run&, int);
+    static constexpr auto kBlocks = []<int... T>(std::integer_sequence<int, T...>) {
+        return std::array<Block, kBlock>{multiply<N, T + 1>...};
+    }(std::make_integer_sequence<int, kBlock>{});
+    const int tokens = strip.p.tokens;
+    int blocks = (tokens + kBlock - 1) / kBlock;
+    for (int token = 0; blocks > 0; --blocks) {
+        const int count = (tokens - token + blocks - 1) / blocks;
+        kBlocks[static_cast<size_t>(count - 1)](strip, run, token);
+        token += count;
     }
 }
 
@@ -260,24 +236,18 @@ void page_product(const PlyProduct& p) {
     with_depth(p.depth, [&]<int N>() { page_depth<N>(p); });
 }
 
+// A strip of supertiles, as many as their sums have room for, goes through the groups together, so
+// that plies are read as streams.
 void coded_product(const CodedProduct& p) {
-    const CodedBlock& block = *p.block;
-    if (p.tokens == 1) {
-        const int rows = (p.last - p.first) * kSupertile;
-        float* out = p.out;
-        const float* scale = block.row_scale + p.first * kSupertile;
-        for (int r = 0; r < rows; r += 16) _mm512_storeu_ps(out + r, _mm512_setzero_ps());
-        for (const Run& run : block.runs)
-            with_depth(run.depth, [&]<int N>() { run_vector<N>(p, run); });
-        for (int r = 0; r < rows; r += 16)
-            _mm512_storeu_ps(out + r,
-                             _mm512_mul_ps(_mm512_loadu_ps(out + r), _mm512_loadu_ps(scale + r)));
-        return;
+    float* sums = reinterpret_cast<float*>(p.scratch);
+    const int size = std::max(1, kMaxTokens / p.tokens), stride = p.tokens * kSupertile;
+    for (int first = p.first; first < p.last; first += size) {
+        const Strip strip{p, first, std::min(first + size, p.last), sums};
+        std::fill_n(sums, (strip.last - first) * stride, 0.0f);
+        for (const Run& run : p.block->runs)
+            with_depth(run.depth, [&]<int N>() { all_tokens<N>(strip, run); });
+        for (int s = first; s < strip.last; ++s) scale_rows(p, s, sums + (s - first) * stride);
     }
-    many_tokens(p, 0x80,
-                [&]<int N>(int g, const uint8_t* wh, const uint8_t* wl, const float* factors,
-                           const __m512* step,
-                           float* sums) { all_tokens<N>(p, g, wh, wl, factors, step, sums); });
 }
 
 }  // namespace pliant::avx512

@@ -159,17 +159,14 @@ PLIANT_INLINE __m512 to_float(__m512i top, __m512i middle) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(middle), _mm512_set1_ps(1.0f / 256.0f), value);
 }
 
-PLIANT_INLINE float factor_of(const CodedProduct& p, int token, int g, int depth) {
-    return (p.x->scale[p.x->at(g, token)] * p.block->group_scale[g]) * p.levels->scale[depth];
-}
-
-// The factors of all tokens, padded to 16; out[kMaxTokens].
-inline void factors_of(const CodedProduct& p, int g, int depth, float* out) {
-    const float* scale = p.x->scale + p.x->at(g, 0);
+// The factors of some tokens, padded to 16.
+PLIANT_INLINE void factors_of(const CodedProduct& p, int g, int depth, int first, int tokens,
+                              float* out) {
+    const float* scale = p.x->scale + p.x->at(g, first);
     const __m512 group = _mm512_set1_ps(p.block->group_scale[g]);
     const __m512 level = _mm512_set1_ps(p.levels->scale[depth]);
-    for (int t = 0; t < p.tokens; t += 16) {
-        const int rest = std::min(p.tokens - t, 16);
+    for (int t = 0; t < tokens; t += 16) {
+        const int rest = std::min(tokens - t, 16);
         const __mmask16 some = static_cast<__mmask16>((1u << rest) - 1);
         const __m512 x = _mm512_maskz_loadu_ps(some, scale + t);
         _mm512_store_ps(out + t, _mm512_mul_ps(_mm512_mul_ps(x, group), level));
@@ -226,47 +223,6 @@ PLIANT_INLINE void with_depth(int depth, F&& f) {
             return f.template operator()<8>();
         default:
             return;
-    }
-}
-
-// The product for many tokens. A strip of supertiles, as many as their sums have room for, goes
-// through the groups together, so that plies are read as streams.
-// multiply<N>(g, wh, wl, factors, step, sums) adds the products with a decoded group of a supertile
-// to sums[token][32]; `flip`: of the tables.
-template <typename F>
-PLIANT_INLINE void many_tokens(const CodedProduct& p, int flip, F&& multiply) {
-    uint8_t* wh = p.scratch;
-    uint8_t* wl = wh + kSupertile * kGroup;
-    float* sums = reinterpret_cast<float*>(wl + kSupertile * kGroup);
-    const CodedBlock& block = *p.block;
-    const __m512 steps = _mm512_load_ps(p.levels->steps);
-    const int strip = std::max(1, kMaxTokens / p.tokens), stride = p.tokens * kSupertile;
-    for (int first = p.first; first < p.last; first += strip) {
-        const int last = std::min(first + strip, p.last);
-        for (int i = 0; i < (last - first) * stride; i += 16)
-            _mm512_store_ps(sums + i, _mm512_setzero_ps());
-        for (const Run& run : block.runs)
-            with_depth(run.depth, [&]<int N>() {
-                const Table<N> hi(p.levels->hi[N], flip), lo(p.levels->lo[N], flip);
-                for (int g = run.first; g < run.first + run.count; ++g) {
-                    alignas(64) float factors[kMaxTokens];
-                    factors_of(p, g, N, factors);
-                    const uint8_t* planes[N];
-                    for (int i = 0; i < N; ++i)
-                        planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] +
-                                    static_cast<size_t>(first) * 256;
-                    for (int s = first; s < last; ++s) {
-                        decode<N>(planes, hi, lo, wh, wl);
-                        __m512 step[2];
-                        row_steps(block.codes[static_cast<size_t>(g)], static_cast<size_t>(s),
-                                  steps, step);
-                        multiply.template operator()<N>(g, wh, wl, factors, step,
-                                                        sums + (s - first) * stride);
-                        repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
-                    }
-                }
-            });
-        for (int s = first; s < last; ++s) scale_rows(p, s, sums + (s - first) * stride);
     }
 }
 
