@@ -60,9 +60,9 @@ struct CodedMatrix {
     int rows = 0, columns = 0, groups = 0;
     int input = 0;  // index of its channel order
     std::vector<CodedBlock> blocks;
-    std::vector<float> row_scale;     // of all blocks; the last one padded
-    std::vector<float> group_scale;   // [blocks][groups]
-    std::vector<uint32_t> position;   // source row -> stored row; empty if they are the same
+    std::vector<float> row_scale;    // of all blocks; the last one padded
+    std::vector<float> group_scale;  // [blocks][groups]
+    std::vector<uint32_t> position;  // source row -> stored row; empty if they are the same
 };
 
 // Input vectors of some tokens after gathering, rotating and coding: value ≈ (hi + lo / 256) ·

@@ -236,19 +236,20 @@ void Forward::results(Worker& w) {
         (all + kHeadTiles - 1) / kHeadTiles,
         [&](int i) { head_rows(w, i * kHeadTiles, std::min((i + 1) * kHeadTiles, all), to); });
     if (places == nullptr) return;
-    // Gathered, not scattered: threads that write to the same lines of the cache wait for each other.
+    // Gathered, not scattered: threads that write to the same lines of the cache wait for each
+    // other.
     const auto gather = [&](const float* from, float* row, int first, int last) {
         for (int id = first; id < last; ++id) row[id] = from[at(*places, id)];
     };
     if (count == 1) {
         constexpr int kPiece = 8192;
-        phase(w, (m_.vocab + kPiece - 1) / kPiece, [&](int i) {
-            gather(to, logits, i * kPiece, std::min((i + 1) * kPiece, m_.vocab));
-        });
+        phase(w, (m_.vocab + kPiece - 1) / kPiece,
+              [&](int i) { gather(to, logits, i * kPiece, std::min((i + 1) * kPiece, m_.vocab)); });
         return;
     }
     phase(w, count, [&](int i) {
-        float *const row = logits + static_cast<size_t>(i) * vocab, *copy = at(b_.head, w.self).data();
+        float *const row = logits + static_cast<size_t>(i) * vocab,
+                     *copy = at(b_.head, w.self).data();
         std::copy_n(row, vocab, copy);
         gather(copy, row, 0, m_.vocab);
     });

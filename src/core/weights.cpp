@@ -133,8 +133,8 @@ uint64_t Weights::table_bytes() const {
                      rung_begin_.capacity() * 8 + rung_end_ply_.capacity() * 8;
     for (const auto& order : orders_) bytes += order.capacity() * 2;
     for (const CodedMatrix& m : matrices_) {
-        bytes += m.row_scale.capacity() * 4 + m.group_scale.capacity() * 4 +
-                 m.position.capacity() * 4;
+        bytes +=
+            m.row_scale.capacity() * 4 + m.group_scale.capacity() * 4 + m.position.capacity() * 4;
         for (const CodedBlock& b : m.blocks)
             bytes += sizeof b + b.codes.capacity() * 8 + b.planes.capacity() * 8 +
                      b.depth.capacity() + b.runs.capacity() * sizeof(Run);

@@ -13,7 +13,7 @@ namespace {
 using namespace avx512;
 
 constexpr int kTileRows = 16;
-constexpr int kFewTokens = 4;
+constexpr int kFewTokens = 6;
 
 constexpr int kBatch = 3;  // groups whose products are added up together
 
@@ -67,68 +67,92 @@ struct Batch {
     alignas(64) float factors[kBatch][kMaxTokens];
     __m512 step[kBatch][2];
     int group[kBatch];
-    int count = 0, supertile = 0;
-    bool wide = false, first = false, last = false;  // of the groups of this supertile
 };
 
-// Walks over the batches of supertiles.
-class Walk {
+// The batches of a product in their order: a strip of supertiles, as many as their sums have room
+// for, goes through the groups together, so that plies are read as streams.
+class Cursor {
   public:
-    explicit Walk(const CodedProduct& p) : p_(p), supertile_(p.first) {}
-
-    // Decodes the next batch; false: there is none.
-    bool next(Batch& batch) {
-        if (supertile_ == p_.last) return false;
-        const CodedBlock& block = *p_.block;
-        batch.supertile = supertile_;
-        batch.first = run_ == 0 && at_ == 0;
-        batch.wide = block.runs[run_].depth >= kWideDepth;
-        batch.count = share();
-        for (int i = 0; i < batch.count; ++i) {
-            const Run& run = block.runs[run_];
-            decode_group(batch, i, run.first + at_, run.depth);
-            if (++at_ == run.count) ++run_, at_ = 0;
-        }
-        batch.last = run_ == block.runs.size();
-        if (batch.last) run_ = 0, ++supertile_;
-        return true;
+    explicit Cursor(const CodedProduct& p)
+        : block_(p.block), size_(std::max(1, kMaxTokens / p.tokens)), end_(p.last) {
+        begin(p.first);
     }
+    bool ended() const { return strip_ == end_; }
+    void next() {
+        if (++supertile < std::min(strip_ + size_, end_)) return;
+        supertile = strip_;
+        first = false;
+        for (; count > 0; --count)
+            if (++at_ == block_->runs[run_].count) ++run_, at_ = 0;
+        run_ < block_->runs.size() ? share() : begin(std::min(strip_ + size_, end_));
+    }
+    // Calls f(i, group, depth) for the groups.
+    template <typename F>
+    PLIANT_INLINE void each(F&& f) const {
+        size_t r = run_;
+        for (int i = 0, at = at_; i < count; ++i) {
+            const Run& run = block_->runs[r];
+            f(i, run.first + at, run.depth);
+            if (++at == run.count) ++r, at = 0;
+        }
+    }
+    int place() const { return supertile - strip_; }  // in the strip
+
+    int supertile = 0, count = 0;
+    bool wide = false, first = false, last = false;  // of the groups of a supertile
 
   private:
+    void begin(int strip) {
+        strip_ = supertile = strip;
+        run_ = 0, at_ = 0;
+        first = true;
+        share();
+    }
     // The groups up to the next change between deep and shallow ones, in batches of one size.
-    int share() const {
-        const CodedBlock& block = *p_.block;
-        const bool wide = block.runs[run_].depth >= kWideDepth;
+    void share() {
+        wide = block_->runs[run_].depth >= kWideDepth;
         int left = -at_;
-        for (size_t r = run_; r < block.runs.size(); ++r) {
-            if ((block.runs[r].depth >= kWideDepth) != wide) break;
-            left += block.runs[r].count;
-        }
+        size_t r = run_;
+        for (; r < block_->runs.size() && (block_->runs[r].depth >= kWideDepth) == wide; ++r)
+            left += block_->runs[r].count;
         const int batches = (left + kBatch - 1) / kBatch;
-        return (left + batches - 1) / batches;
+        count = (left + batches - 1) / batches;
+        last = batches == 1 && r == block_->runs.size();
     }
 
-    void decode_group(Batch& batch, int i, int g, int depth) const {
-        const CodedBlock& block = *p_.block;
-        const size_t group = static_cast<size_t>(g), tile = static_cast<size_t>(supertile_);
+    const CodedBlock* block_;
+    int size_, end_, strip_ = 0;
+    size_t run_ = 0;
+    int at_ = 0;  // in the run
+};
+
+// Decodes the groups at a place, and fetches what will be decoded later.
+void decode(const CodedProduct& p, const Cursor& cursor, const Cursor& later, Batch& batch) {
+    const CodedBlock& block = *p.block;
+    if (!later.ended())
+        later.each([&](int, int g, int depth) {
+            const uint8_t* const* planes = &block.planes[static_cast<size_t>(g * kMaxDepth)];
+            for (int ply = 0; ply < depth; ++ply)
+                for (int line = 0; line < 4; ++line)
+                    _mm_prefetch(planes[ply] + later.supertile * 256 + 64 * line, _MM_HINT_T0);
+        });
+    const size_t tile = static_cast<size_t>(cursor.supertile);
+    const __m512 steps = _mm512_load_ps(p.levels->steps);
+    cursor.each([&](int i, int g, int depth) {
+        const size_t group = static_cast<size_t>(g);
         batch.group[i] = g;
-        row_steps(block.codes[group], tile, _mm512_load_ps(p_.levels->steps), batch.step[i]);
-        factors_of(p_, g, depth, 0, p_.tokens, batch.factors[i]);
+        row_steps(block.codes[group], tile, steps, batch.step[i]);
+        factors_of(p, g, depth, 0, p.tokens, batch.factors[i]);
         with_depth(depth, [&]<int N>() {
-            const Table<N> hi(p_.levels->hi[N], 0), lo(p_.levels->lo[N], 0);
+            const Table<N> hi(p.levels->hi[N], 0), lo(p.levels->lo[N], 0);
             const uint8_t* planes[N];
             for (int ply = 0; ply < N; ++ply)
                 planes[ply] =
                     block.planes[group * kMaxDepth + static_cast<size_t>(ply)] + tile * 256;
             decode<N>(planes, hi, lo, batch.high[i], batch.low[i]);
         });
-    }
-
-    const CodedProduct& p_;
-    int supertile_;
-    size_t run_ = 0;
-    int at_ = 0;  // in the run
-};
+    });
+}
 
 // Products of the tokens of a tile with the groups of a batch.
 struct Room {
@@ -194,16 +218,17 @@ PLIANT_INLINE void make_products(const Prepared& x, int first, const Batch& batc
 
 // The products of a batch with all tokens are added to sums[token][32].
 template <bool Wide, int Count>
-void multiply(const CodedProduct& p, const Tiling& tiling, const Batch& batch, float* sums) {
+void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor, const Batch& batch,
+              float* sums) {
     Steps steps0[Count], steps1[Count];
     repeat<Count>([&]<int i>() PLIANT_LAMBDA {
         steps0[i] = Steps(batch.step[i][0]);
         steps1[i] = Steps(batch.step[i][1]);
     });
-    const float* scale = p.block->row_scale + batch.supertile * kSupertile;
+    const float* scale = p.block->row_scale + cursor.supertile * kSupertile;
     const __m512 scale0 = _mm512_loadu_ps(scale), scale1 = _mm512_loadu_ps(scale + 16);
-    float* out = p.out + (batch.supertile - p.first) * kSupertile;
-    const bool begin = batch.first, end = batch.last;
+    float* out = p.out + (cursor.supertile - p.first) * kSupertile;
+    const bool begin = cursor.first, end = cursor.last;
     Room room;
     for (int tile = 0; tile < tiling.count; ++tile) {
         const int first = tiling.first(tile);
@@ -237,14 +262,15 @@ void multiply(const CodedProduct& p, const Tiling& tiling, const Batch& batch, f
 }
 
 template <bool Wide>
-void multiply(const CodedProduct& p, const Tiling& tiling, const Batch& batch, float* sums) {
-    switch (batch.count) {
+void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor, const Batch& batch,
+              float* sums) {
+    switch (cursor.count) {
         case 1:
-            return multiply<Wide, 1>(p, tiling, batch, sums);
+            return multiply<Wide, 1>(p, tiling, cursor, batch, sums);
         case 2:
-            return multiply<Wide, 2>(p, tiling, batch, sums);
+            return multiply<Wide, 2>(p, tiling, cursor, batch, sums);
         default:
-            return multiply<Wide, 3>(p, tiling, batch, sums);
+            return multiply<Wide, 3>(p, tiling, cursor, batch, sums);
     }
 }
 
@@ -254,11 +280,14 @@ void coded_product(const CodedProduct& p) {
     if (p.tokens < kFewTokens || p.block->runs.empty()) return avx512::coded_product(p);
     const Tiling tiling(p.tokens);
     configure(Config(tiling.rows));
-    float* sums = reinterpret_cast<float*>(p.scratch);
     Batch batch;
-    for (Walk walk(p); walk.next(batch);)
-        batch.wide ? multiply<true>(p, tiling, batch, sums)
-                   : multiply<false>(p, tiling, batch, sums);
+    for (Cursor cursor(p), later(p); !cursor.ended(); cursor = later) {
+        later.next();
+        decode(p, cursor, later, batch);
+        float* sums = reinterpret_cast<float*>(p.scratch) + cursor.place() * p.tokens * kSupertile;
+        cursor.wide ? multiply<true>(p, tiling, cursor, batch, sums)
+                    : multiply<false>(p, tiling, cursor, batch, sums);
+    }
     release();
 }
 

@@ -23,50 +23,49 @@ PLIANT_INLINE __m512i broadcast(const int8_t* x) {
     return _mm512_set1_epi32(four);
 }
 
-// The sums of T tokens and a tile. Members of nested structs become registers; elements of arrays
-// that live through a loop stay in memory.
-template <bool Wide, int T>
+// The sums of T tokens and one or two tiles. Members of nested structs become registers; elements
+// of arrays that live through a loop stay in memory.
+template <bool Wide, int Tiles, int T>
 struct Sums {
-    __m512i top, middle;
-    Sums<Wide, T - 1> rest;
+    __m512i top0, top1, middle0, middle1;
+    Sums<Wide, Tiles, T - 1> rest;
 
     PLIANT_INLINE void start(const int32_t* sum_hi, const int32_t* sum_lo) {
-        top = _mm512_set1_epi32(-128 * *sum_hi);
-        if constexpr (Wide) middle = _mm512_set1_epi32(-128 * (*sum_lo + *sum_hi));
+        top0 = top1 = _mm512_set1_epi32(-128 * *sum_hi);
+        if constexpr (Wide) middle0 = middle1 = _mm512_set1_epi32(-128 * (*sum_lo + *sum_hi));
         rest.start(sum_hi + 1, sum_lo + 1);
     }
-    PLIANT_INLINE void clear() {
-        top = middle = _mm512_setzero_si512();
-        rest.clear();
-    }
-    PLIANT_INLINE void add(const int8_t* xh, const int8_t* xl, __m512i w, __m512i l) {
+    PLIANT_INLINE void add(const int8_t* xh, const int8_t* xl, const __m512i* w, const __m512i* l) {
         const __m512i x = broadcast(xh);
-        add_product(top, w, x);
+        add_product(top0, w[0], x);
+        if constexpr (Tiles > 1) add_product(top1, w[1], x);
         if constexpr (Wide) {
-            add_product(middle, w, broadcast(xl));
-            add_product(middle, l, x);
+            const __m512i y = broadcast(xl);
+            add_product(middle0, w[0], y);
+            if constexpr (Tiles > 1) add_product(middle1, w[1], y);
+            add_product(middle0, l[0], x);
+            if constexpr (Tiles > 1) add_product(middle1, l[1], x);
         }
-        rest.add(xh + kGroup, xl + kGroup, w, l);
+        rest.add(xh + kGroup, Wide ? xl + kGroup : nullptr, w, l);
     }
-    PLIANT_INLINE void add(const Sums& more) {
-        top = _mm512_add_epi32(top, more.top);
-        if constexpr (Wide) middle = _mm512_add_epi32(middle, more.middle);
-        rest.add(more.rest);
-    }
-    PLIANT_INLINE void finish(const float* factors, __m512 step, float* sums) const {
-        const __m512 value = to_float<Wide>(top, middle);
-        _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_mul_ps(value, step),
-                                              _mm512_set1_ps(*factors), _mm512_load_ps(sums)));
+    PLIANT_INLINE void finish(const float* factors, const __m512* step, float* sums) const {
+        const __m512 factor = _mm512_set1_ps(*factors);
+        finish(to_float<Wide>(top0, middle0), factor, step[0], sums);
+        if constexpr (Tiles > 1) finish(to_float<Wide>(top1, middle1), factor, step[1], sums + 16);
         rest.finish(factors + 1, step, sums + kSupertile);
     }
+
+  private:
+    static PLIANT_INLINE void finish(__m512 value, __m512 factor, __m512 step, float* sums) {
+        _mm512_store_ps(sums,
+                        _mm512_fmadd_ps(_mm512_mul_ps(value, step), factor, _mm512_load_ps(sums)));
+    }
 };
-template <bool Wide>
-struct Sums<Wide, 0> {
+template <bool Wide, int Tiles>
+struct Sums<Wide, Tiles, 0> {
     PLIANT_INLINE void start(const int32_t*, const int32_t*) {}
-    PLIANT_INLINE void clear() {}
-    PLIANT_INLINE void add(const int8_t*, const int8_t*, __m512i, __m512i) {}
-    PLIANT_INLINE void add(const Sums&) {}
-    PLIANT_INLINE void finish(const float*, __m512, float*) const {}
+    PLIANT_INLINE void add(const int8_t*, const int8_t*, const __m512i*, const __m512i*) {}
+    PLIANT_INLINE void finish(const float*, const __m512*, float*) const {}
 };
 
 // Supertiles whose sums, [supertiles][tokens][32], are made together.
@@ -81,7 +80,7 @@ struct Strip {
 template <int N, int T>
 void multiply(const Strip& strip, const Run& run, int token) {
     constexpr bool kWide = N >= kWideDepth;
-    constexpr bool kApart = T <= 2;  // too few sums for their products not to wait for each other
+    constexpr int kTiles = kWide && T > 2 ? 1 : 2;  // at once: there are 32 registers
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
     const size_t above = static_cast<size_t>(strip.first) * 256;  // bytes
@@ -111,23 +110,25 @@ void multiply(const Strip& strip, const Run& run, int token) {
                 fetch<N>(following, beyond);
             __m512 step[2];
             row_steps(codes, static_cast<size_t>(s), steps, step);
-            repeat<2>([&]<int half>() PLIANT_LAMBDA {
-                Sums<kWide, T> sum, other;
+            repeat<2 / kTiles>([&]<int half>() PLIANT_LAMBDA {
+                Sums<kWide, kTiles, T> sum;
                 sum.start(sum_hi, sum_lo);
-                if constexpr (kApart) other.clear();
                 repeat<2>([&]<int h>() PLIANT_LAMBDA {
-                    __m512i index[8];
-                    collect<N>(planes, static_cast<size_t>(128 * half + 64 * h), index);
+                    constexpr size_t kAt = 128 * half + 64 * h;
+                    const Bits<N> first(planes, kAt), second(planes, kTiles > 1 ? kAt + 128 : kAt);
                     repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                        constexpr int kAt = 32 * h + 4 * j;
-                        const __m512i w = hi(index[j]);
-                        __m512i l = w;
-                        if constexpr (kWide) l = lo(index[j]);
-                        (kApart && h == 1 ? other : sum).add(xh + kAt, xl + kAt, w, l);
+                        constexpr int kX = 32 * h + 4 * j;
+                        const __m512i index[] = {first.template at<j>(), second.template at<j>()};
+                        const __m512i w[] = {hi(index[0]), hi(index[1])};
+                        if constexpr (kWide) {
+                            const __m512i l[] = {lo(index[0]), lo(index[1])};
+                            sum.add(xh + kX, xl + kX, w, l);
+                        } else {
+                            sum.add(xh + kX, nullptr, w, nullptr);
+                        }
                     });
                 });
-                if constexpr (kApart) sum.add(other);
-                sum.finish(factors, step[half], sums + 16 * half);
+                sum.finish(factors, step + half, sums + 16 * half);
             });
             repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
         }
@@ -195,9 +196,9 @@ void page_pages(const PlyProduct& p) {
         for (int tile = 0; tile < 2; ++tile) {
             PageSums<Signed, Q> sums;
             sums.start(p.sum);
-            __m512i index[8];
-            collect<N>(planes, static_cast<size_t>(64 * tile), index);
-            repeat<8>([&]<int j>() PLIANT_LAMBDA { sums.add(table(index[j]), x + 4 * j); });
+            const Bits<N> bits(planes, static_cast<size_t>(64 * tile));
+            repeat<8>([&]<int j>()
+                          PLIANT_LAMBDA { sums.add(table(bits.template at<j>()), x + 4 * j); });
             sums.write(out + 16 * tile);
         }
     }

@@ -31,7 +31,9 @@ PLIANT_INLINE __m512i select(__m512i mask, __m512i a, __m512i b) {
 PLIANT_INLINE __m512i bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 template <int S>
 PLIANT_INLINE __m512i left(__m512i a) {  // by S bits inside bytes, garbage in the bits that come in
-    if constexpr (S >= 0)
+    if constexpr (S == 0)
+        return a;
+    else if constexpr (S > 0)
         return _mm512_slli_epi16(a, S);
     else
         return _mm512_srli_epi16(a, -S);
@@ -71,47 +73,38 @@ PLIANT_INLINE void nibbles(const __m512i* v, __m512i* out) {
     }
 }
 
-// The collected bits (see LevelTables) of 16 rows × 32 columns: out[j] has columns 4 j … 4 j + 3 of
-// each row.
+// The collected bits (see LevelTables) of 16 rows × 32 columns: at<j>() has columns 4 j … 4 j + 3
+// of each row. The last steps are left to at(), so that fewer registers are held.
 template <int N>
-PLIANT_INLINE void collect(const uint8_t* const* planes, size_t offset, __m512i* out) {
-    __m512i v[N];
-    repeat<N>([&]<int i>() PLIANT_LAMBDA { v[i] = _mm512_load_si512(planes[i] + offset); });
-    __m512i n[4];
-    nibbles<(N < 4 ? N : 4)>(v, n);
-    if constexpr (N <= 4) {
-        repeat<4>([&]<int j>() PLIANT_LAMBDA {
-            out[j] = n[j];
-            out[j + 4] = left<-4>(n[j]);
-        });
-    } else if constexpr (N <= 6) {
-        __m512i even, odd;  // one or two bits for each vector, at bit 0, 2, 4, 6 of the bytes
-        if constexpr (N == 5) {
-            even = v[4];
-            odd = left<-1>(v[4]);
-        } else {
-            even = select(bytes(0xAA), left<1>(v[4]), v[5]);
-            odd = select(bytes(0xAA), v[4], left<-1>(v[5]));
+struct Bits {
+    __m512i low[4], high[N <= 4 ? 1 : N <= 6 ? 2 : 4];
+
+    PLIANT_INLINE Bits(const uint8_t* const* planes, size_t offset) {
+        __m512i v[N];
+        repeat<N>([&]<int i>() PLIANT_LAMBDA { v[i] = _mm512_load_si512(planes[i] + offset); });
+        nibbles<(N < 4 ? N : 4)>(v, low);
+        if constexpr (N == 5) {  // one or two bits for each vector, at bit 0, 2, 4, 6 of the bytes
+            high[0] = v[4];
+            high[1] = left<-1>(v[4]);
+        } else if constexpr (N == 6) {
+            high[0] = select(bytes(0xAA), left<1>(v[4]), v[5]);
+            high[1] = select(bytes(0xAA), v[4], left<-1>(v[5]));
+        } else if constexpr (N > 6) {
+            nibbles<N - 4>(v + 4, high);
         }
-        const __m512i field = bytes(0x30);
-        out[0] = select(field, left<4>(even), n[0]);
-        out[1] = select(field, left<4>(odd), n[1]);
-        out[2] = select(field, left<2>(even), n[2]);
-        out[3] = select(field, left<2>(odd), n[3]);
-        out[4] = select(field, even, left<-4>(n[0]));
-        out[5] = select(field, odd, left<-4>(n[1]));
-        out[6] = select(field, left<-2>(even), left<-4>(n[2]));
-        out[7] = select(field, left<-2>(odd), left<-4>(n[3]));
-    } else {
-        __m512i m[4];
-        nibbles<N - 4>(v + 4, m);
-        const __m512i upper = bytes(0xF0);
-        repeat<4>([&]<int j>() PLIANT_LAMBDA {
-            out[j] = select(upper, left<4>(m[j]), n[j]);
-            out[j + 4] = select(upper, m[j], left<-4>(n[j]));
-        });
     }
-}
+
+    template <int j>
+    PLIANT_INLINE __m512i at() const {
+        const __m512i below = left<(j < 4 ? 0 : -4)>(low[j % 4]);
+        if constexpr (N <= 4)
+            return below;
+        else if constexpr (N <= 6)
+            return select(bytes(0x30), left<4 - j / 2 * 2>(high[j % 2]), below);
+        else
+            return select(bytes(0xF0), left<(j < 4 ? 4 : 0)>(high[j % 4]), below);
+    }
+};
 
 constexpr int kAhead = 3;  // supertiles that are fetched before they are needed
 
@@ -178,15 +171,14 @@ PLIANT_INLINE void factors_of(const CodedProduct& p, int g, int depth, int first
 template <int N>
 PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi, const Table<N>& lo,
                           uint8_t* wh, uint8_t* wl) {
-    fetch<N>(planes, kAhead);
     for (int half = 0; half < 2; ++half)
         for (int h = 0; h < 2; ++h) {
-            __m512i index[8];
-            collect<N>(planes, static_cast<size_t>(128 * half + 64 * h), index);
+            const Bits<N> bits(planes, static_cast<size_t>(128 * half + 64 * h));
             repeat<8>([&]<int j>() PLIANT_LAMBDA {
                 const int at = ((8 * h + j) * 2 + half) * 64;
-                _mm512_store_si512(wh + at, hi(index[j]));
-                if constexpr (N >= kWideDepth) _mm512_store_si512(wl + at, lo(index[j]));
+                const __m512i index = bits.template at<j>();
+                _mm512_store_si512(wh + at, hi(index));
+                if constexpr (N >= kWideDepth) _mm512_store_si512(wl + at, lo(index));
             });
         }
 }
