@@ -134,7 +134,8 @@ void decode(const CodedProduct& p, const Cursor& cursor, const Cursor& later, Ba
             const uint8_t* const* planes = &block.planes[static_cast<size_t>(g * kMaxDepth)];
             for (int ply = 0; ply < depth; ++ply)
                 for (int line = 0; line < 4; ++line)
-                    _mm_prefetch(planes[ply] + later.supertile * 256 + 64 * line, _MM_HINT_T0);
+                    fetch(planes[ply] + later.supertile * 256 + 64 * line);
+            fetch(block.codes[static_cast<size_t>(g)] + later.supertile * 16);
         });
     const size_t tile = static_cast<size_t>(cursor.supertile);
     const __m512 steps = _mm512_load_ps(p.levels->steps);
@@ -226,7 +227,6 @@ void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor,
         steps1[i] = Steps(batch.step[i][1]);
     });
     const float* scale = p.block->row_scale + cursor.supertile * kSupertile;
-    const __m512 scale0 = _mm512_loadu_ps(scale), scale1 = _mm512_loadu_ps(scale + 16);
     float* out = p.out + (cursor.supertile - p.first) * kSupertile;
     const bool begin = cursor.first, end = cursor.last;
     Room room;
@@ -251,8 +251,8 @@ void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor,
             });
             if (end) {
                 float* to = out + static_cast<size_t>(t) * p.stride;
-                _mm512_storeu_ps(to, _mm512_mul_ps(a, scale0));
-                _mm512_storeu_ps(to + 16, _mm512_mul_ps(b, scale1));
+                _mm512_storeu_ps(to, _mm512_mul_ps(a, _mm512_loadu_ps(scale)));
+                _mm512_storeu_ps(to + 16, _mm512_mul_ps(b, _mm512_loadu_ps(scale + 16)));
             } else {
                 _mm512_store_ps(sum, a);
                 _mm512_store_ps(sum + 16, b);
@@ -278,6 +278,7 @@ void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor,
 
 void coded_product(const CodedProduct& p) {
     if (p.tokens < kFewTokens || p.block->runs.empty()) return avx512::coded_product(p);
+    fetch_pointers(*p.block);
     const Tiling tiling(p.tokens);
     configure(Config(tiling.rows));
     Batch batch;

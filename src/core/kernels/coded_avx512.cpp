@@ -93,8 +93,9 @@ void multiply(const Strip& strip, const Run& run, int token) {
         const int32_t *const sum_hi = p.x->sum_hi + begin, *const sum_lo = p.x->sum_lo + begin;
         alignas(64) float factors[16];
         factors_of(p, g, N, token, T, factors);
-        const uint8_t* const codes = block.codes[static_cast<size_t>(g)];
         const bool more = g + 1 < end;
+        const uint8_t* const codes = block.codes[static_cast<size_t>(g)];
+        const uint8_t* const following_codes = block.codes[static_cast<size_t>(more ? g + 1 : g)];
         const uint8_t *planes[N], *following[N];
         for (int i = 0; i < N; ++i) {
             const size_t at = static_cast<size_t>(g * kMaxDepth + i);
@@ -104,10 +105,13 @@ void multiply(const Strip& strip, const Run& run, int token) {
         float* sums = strip.sums + token * kSupertile;
         for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
             // The rows after the last are another thread's; this one goes on with the next group.
-            if (const int beyond = s + kAhead - strip.last; beyond < 0)
+            if (const int beyond = s + kAhead - strip.last; beyond < 0) {
                 fetch<N>(planes, kAhead);
-            else if (more && strip.first + beyond < strip.last)
+                fetch(codes + (s + kAhead) * 16);
+            } else if (more && strip.first + beyond < strip.last) {
                 fetch<N>(following, beyond);
+                fetch(following_codes + (strip.first + beyond) * 16);
+            }
             __m512 step[2];
             row_steps(codes, static_cast<size_t>(s), steps, step);
             repeat<2 / kTiles>([&]<int half>() PLIANT_LAMBDA {
@@ -242,6 +246,7 @@ void page_product(const PlyProduct& p) {
 void coded_product(const CodedProduct& p) {
     float* sums = reinterpret_cast<float*>(p.scratch);
     const int size = std::max(1, kMaxTokens / p.tokens), stride = p.tokens * kSupertile;
+    fetch_pointers(*p.block);
     for (int first = p.first; first < p.last; first += size) {
         const Strip strip{p, first, std::min(first + size, p.last), sums};
         std::fill_n(sums, (strip.last - first) * stride, 0.0f);
