@@ -177,6 +177,18 @@ def test_every_instruction_set_gives_the_same_bits(pack: Pack) -> None:
         assert np.array_equal(run(build(pack, isa=isa), ids, [1, 36]), want), isa
 
 
+@pytest.mark.parametrize("rows", [717, 704])
+def test_any_number_of_tokens_gives_the_same_bits(tmp_path: Path, rows: int) -> None:
+    """Kernels differ in how many tokens they take at once, and in how many rows go together."""
+    pack = Pack.open(write_random_pack(tmp_path / "pack", vocab=rows, ffn=330, hidden=200))
+    ids, cuts = some_ids(rows, 280), [*range(1, 21), 70]
+    for rungs in (len(pack.manifest.rungs) // 2, len(pack.manifest.rungs)):
+        want = run(build(pack, isa="plain", rungs=rungs), ids)
+        for isa in _core.cpu_isa():
+            executor = build(pack, isa=isa, chunk=128, threads=1, rungs=rungs)
+            assert np.array_equal(run(executor, ids, cuts), want), isa
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_logits_do_not_depend_on_company_cuts_or_threads(pack: Pack, data: st.DataObject) -> None:
