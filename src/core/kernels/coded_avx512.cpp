@@ -139,20 +139,84 @@ void multiply(const Strip& strip, const Run& run, int token) {
     }
 }
 
-// … of all tokens, in blocks of nearly the same size.
+constexpr int kFew = 8;  // tokens for which plies are not decoded to memory first
+
+// … of few tokens, in one go or, with deep groups, in two: there are 32 registers.
 template <int N>
-void all_tokens(const Strip& strip, const Run& run) {
-    constexpr int kBlock = N < 7 ? 8 : 4;  // as many sums as there are registers
+void few_tokens(const Strip& strip, const Run& run) {
+    constexpr int kBlock = N < 7 ? kFew : kFew / 2;
     using Block = void (*)(const Strip&, const Run&, int);
     static constexpr auto kBlocks = []<int... T>(std::integer_sequence<int, T...>) {
         return std::array<Block, kBlock>{multiply<N, T + 1>...};
     }(std::make_integer_sequence<int, kBlock>{});
     const int tokens = strip.p.tokens;
-    int blocks = (tokens + kBlock - 1) / kBlock;
-    for (int token = 0; blocks > 0; --blocks) {
-        const int count = (tokens - token + blocks - 1) / blocks;
-        kBlocks[static_cast<size_t>(count - 1)](strip, run, token);
-        token += count;
+    for (int token = 0; token < tokens; token += kBlock)
+        kBlocks[static_cast<size_t>(std::min(kBlock, tokens - token) - 1)](strip, run, token);
+}
+
+// A decoded group of a supertile.
+struct Decoded {
+    alignas(64) uint8_t high[kSupertile * kGroup], low[kSupertile * kGroup];
+    alignas(64) float factors[kMaxTokens];
+    __m512 step[2];
+};
+
+// Adds the products of T tokens from `token` on with it to sums[token][32].
+template <int N, int T>
+void multiply(const Prepared& x, int g, int token, const Decoded& group, float* sums) {
+    constexpr bool kWide = N >= kWideDepth;
+    const size_t begin = x.at(g, token);
+    const int8_t* xh = x.hi + begin * kGroup;
+    const int8_t* xl = x.lo + begin * kGroup;
+    Sums<kWide, 2, T> sum;
+    sum.start(x.sum_hi + begin, x.sum_lo + begin);
+    for (int at = 0; at < kSupertile * kGroup; at += 128, xh += 4, xl += 4) {
+        const __m512i w[] = {_mm512_load_si512(group.high + at),
+                             _mm512_load_si512(group.high + at + 64)};
+        if constexpr (kWide) {
+            const __m512i l[] = {_mm512_load_si512(group.low + at),
+                                 _mm512_load_si512(group.low + at + 64)};
+            sum.add(xh, xl, w, l);
+        } else {
+            sum.add(xh, nullptr, w, nullptr);
+        }
+    }
+    sum.finish(group.factors + token, group.step, sums + token * kSupertile);
+}
+
+// Many tokens: as many at a time as there are registers for their sums.
+template <int N>
+void many_tokens(const Strip& strip, const Run& run) {
+    constexpr int kBlock = N < kWideDepth ? 12 : 6;
+    const CodedProduct& p = strip.p;
+    const CodedBlock& block = *p.block;
+    const __m512 steps = _mm512_load_ps(p.levels->steps);
+    const Table<N> hi(p.levels->hi[N], 0x80), lo(p.levels->lo[N], 0x80);
+    Decoded decoded;
+    for (int g = run.first; g < run.first + run.count; ++g) {
+        factors_of(p, g, N, 0, p.tokens, decoded.factors);
+        const uint8_t* planes[N];
+        for (int i = 0; i < N; ++i)
+            planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] +
+                        static_cast<size_t>(strip.first) * 256;
+        float* sums = strip.sums;
+        for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
+            fetch<N>(planes, kAhead);
+            decode<N>(planes, hi, lo, decoded.high, decoded.low);
+            row_steps(block.codes[static_cast<size_t>(g)], static_cast<size_t>(s), steps,
+                      decoded.step);
+            int t = 0;
+            for (; t + kBlock <= p.tokens; t += kBlock)
+                multiply<N, kBlock>(*p.x, g, t, decoded, sums);
+            if (kBlock > 6 && t + 6 <= p.tokens) {
+                multiply<N, 6>(*p.x, g, t, decoded, sums);
+                t += 6;
+            }
+            repeat<5>([&]<int i>() PLIANT_LAMBDA {
+                if (p.tokens - t == i + 1) multiply<N, i + 1>(*p.x, g, t, decoded, sums);
+            });
+            repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
+        }
     }
 }
 
@@ -251,7 +315,9 @@ void coded_product(const CodedProduct& p) {
         const Strip strip{p, first, std::min(first + size, p.last), sums};
         std::fill_n(sums, (strip.last - first) * stride, 0.0f);
         for (const Run& run : p.block->runs)
-            with_depth(run.depth, [&]<int N>() { all_tokens<N>(strip, run); });
+            with_depth(run.depth, [&]<int N>() {
+                p.tokens <= kFew ? few_tokens<N>(strip, run) : many_tokens<N>(strip, run);
+            });
         for (int s = first; s < strip.last; ++s) scale_rows(p, s, sums + (s - first) * stride);
     }
 }
