@@ -107,7 +107,8 @@ struct AttentionRoom {
 };
 
 struct Executor::Buffers {
-    Buffers(const ModelSpec& m, int threads, int chunk)
+    // `reordered`: rows of a head that is stored in another order than the vocabulary, or 0.
+    Buffers(const ModelSpec& m, int threads, int chunk, size_t reordered)
         : input(chunk, std::max({m.hidden, m.heads * m.head_dim, m.ffn})),
           residual{{chunk, m.hidden}, {chunk, m.hidden}},
           q(chunk, m.heads * m.head_dim),
@@ -128,7 +129,7 @@ struct Executor::Buffers {
             own.emplace_back(1, std::max({m.hidden, m.heads * m.head_dim, m.ffn}));
             own_residual.emplace_back(static_cast<size_t>(m.hidden));
             scratch.emplace_back(kScratchBytes);
-            head.emplace_back(static_cast<size_t>(m.vocab));
+            head.emplace_back(reordered);
             attention.emplace_back(padded_head_);
         }
     }

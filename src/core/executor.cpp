@@ -209,7 +209,8 @@ void Executor::finish() {
     }
     kv.ladder.finish();
     phases_ = std::vector<Phase>(static_cast<size_t>(m.layers) * kLayerPhases + kOtherPhases);
-    buffers_ = std::make_unique<Buffers>(model_, pool_.size(), chunk_);
+    const size_t reordered = head().coded >= 0 ? weights.matrix(head().coded).position.size() : 0;
+    buffers_ = std::make_unique<Buffers>(model_, pool_.size(), chunk_, reordered);
 }
 
 size_t Executor::logit_rows(const std::vector<Piece>& pieces) {
