@@ -10,6 +10,11 @@
 
 namespace pliant {
 
+// What will be read soon.
+inline void fetch(const float* from, int count) {
+    for (int i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+}
+
 // A zeroed array aligned to 64 bytes.
 template <typename T>
 class Aligned {
@@ -77,8 +82,8 @@ struct OutputBuffer {
 struct AttentionRoom {
     explicit AttentionRoom(size_t head)
         : head_(head),
-          data_(kMaxQueries * 4 * head),
-          scalars_(kMaxQueries * 6),
+          data_(kExactQueries * 4 * head),
+          scalars_(kExactQueries * 6),
           x_(kMaxQueries * head),
           sum_(kMaxQueries * head / kHalf),
           scale_(kMaxQueries * head / kGroup + kMaxQueries) {}
@@ -96,8 +101,8 @@ struct AttentionRoom {
 
   private:
     Attended attended(int kind, int slot) const {
-        float* scalar = scalars_.data() + (kind - 1) * kMaxQueries * 2 + 2 * slot;
-        return {scalar, scalar + 1, query(kind * kMaxQueries + slot)};
+        float* scalar = scalars_.data() + (kind - 1) * kExactQueries * 2 + 2 * slot;
+        return {scalar, scalar + 1, query(kind * kExactQueries + slot)};
     }
     size_t head_;
     Aligned<float> data_, scalars_;
@@ -129,6 +134,7 @@ struct Executor::Buffers {
             own.emplace_back(1, std::max({m.hidden, m.heads * m.head_dim, m.ffn}));
             own_residual.emplace_back(static_cast<size_t>(m.hidden));
             scratch.emplace_back(kScratchBytes);
+            together.emplace_back(input.stride * (chunk > 1 ? kTogether : 1));
             head.emplace_back(reordered);
             attention.emplace_back(padded_head_);
         }
@@ -140,7 +146,7 @@ struct Executor::Buffers {
                        parts_.bytes() + part_scalars_.bytes();
         for (size_t i = 0; i < own.size(); ++i)
             total += own[i].bytes() + own_residual[i].bytes() + scratch[i].bytes() +
-                     head[i].bytes() + attention[i].bytes();
+                     together[i].bytes() + head[i].bytes() + attention[i].bytes();
         return total;
     }
 
@@ -163,7 +169,8 @@ struct Executor::Buffers {
     std::vector<Aligned<float>> own_residual;
     OutputBuffer q, k, v, gate, up, out;
     std::vector<Aligned<uint8_t>> scratch;
-    std::vector<Aligned<float>> head;  // logits of a token, to be put in order
+    std::vector<Aligned<float>> together;  // of inputs that are prepared together
+    std::vector<Aligned<float>> head;      // logits of a token, to be put in order
     std::vector<AttentionRoom> attention;
 
   private:

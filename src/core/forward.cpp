@@ -8,6 +8,8 @@ namespace pliant {
 
 namespace {
 
+constexpr int kManyTokens = 32;  // from here on tasks take long
+
 int supertiles(const Linear& linear) { return (linear.rows + kSupertile - 1) / kSupertile; }
 
 constexpr int kHeadTiles = 8;  // supertiles of the head in a task
@@ -66,24 +68,24 @@ void Forward::phase(Worker& w, int tasks, F&& task) {
 }
 
 // Inputs are prepared, then tasks use them. A single input is prepared by each thread for itself,
-// when it has got a task: cheaper than to meet once more. prepare(row, keep): the thread with
-// `keep` leaves the residual for the others.
+// when it has got a task: cheaper than to meet once more. prepare(first, count, keep): rows of the
+// inputs; the thread with `keep` leaves the residual for the others.
 template <typename Prepare, typename Task>
 void Forward::block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task) {
     if (!alone_) {
-        // Neighbours go to one thread where there are enough of them: scales of 16 inputs share a
-        // line of the cache.
-        const int piece = std::clamp(inputs / (4 * threads_), 1, 16);
-        phase(w, (inputs + piece - 1) / piece, [&](int i) {
-            for (int row = i * piece; row < std::min((i + 1) * piece, inputs); ++row)
-                prepare(row, true);
-        });
+        // Neighbours go to one thread where there are enough of them: they are prepared together,
+        // and their scales share a line of the cache.
+        const int share = inputs / threads_;
+        const int piece =
+            share < kTogether / 2 ? std::max(share / 4, 1) : std::min(share, kTogether);
+        phase(w, (inputs + piece - 1) / piece,
+              [&](int i) { prepare(i * piece, std::min(piece, inputs - i * piece), true); });
         phase(w, tasks, task);
         return;
     }
     bool ready = false;
     phase(w, tasks, [&](int i) {
-        if (!ready) prepare(0, i == 0);
+        if (!ready) prepare(0, 1, i == 0);
         ready = true;
         task(i);
     });
@@ -131,10 +133,10 @@ void Forward::attention(Worker& w, int l) {
     const int step = grain(all);
     block(
         w, tokens_,
-        [&](int t, bool keep) {
-            kernels_.rms_norm(advance(w, t, after, keep), layer.attn_norm.data(), m_.hidden,
-                              m_.norm_eps, w.in.row(t));
-            code(w, t, w.in.row(t), {&layer.q, &layer.k, &layer.v});
+        [&](int first, int count, bool keep) {
+            const float* h = advance(w, first, count, after, keep);
+            code(w, first, count, h, b_.residual[0].stride, &layer.attn_norm,
+                 {&layer.q, &layer.k, &layer.v});
         },
         (all + step - 1) / step,
         [&](int i) {
@@ -145,15 +147,13 @@ void Forward::attention(Worker& w, int l) {
                 first -= count, last -= count;
             }
         });
-    if (after != nullptr) w.residual ^= 1;
+    if (after != nullptr && alone_) w.residual ^= 1;
 
     if (!singles_) {
         // The keys of a page have a channel of all its tokens in one line of the cache.
-        const int pages = (tokens_ + kPageTokens - 1) / kPageTokens;
-        phase(w, pages * m_.kv_heads, [&](int i) {
-            const int first = i / m_.kv_heads * kPageTokens;
-            for (int t = first; t < std::min(first + kPageTokens, tokens_); ++t)
-                append(l, t, i % m_.kv_heads);
+        phase(w, static_cast<int>(new_.size()) * m_.kv_heads, [&](int i) {
+            const NewTokens& run = at(new_, i / m_.kv_heads);
+            append(l, run.first, run.count, i % m_.kv_heads);
         });
     }
     if (!singles_ && !full_.empty())
@@ -164,9 +164,9 @@ void Forward::attention(Worker& w, int l) {
     const int rows = supertiles(layer.o), piece = grain(rows);
     block(
         w, tokens_,
-        [&](int t, bool) {
-            if (alone_) mean_of_parts(l, w.in.row(t));
-            code(w, t, w.in.row(t), {&layer.o});
+        [&](int first, int count, bool) {
+            if (alone_) mean_of_parts(l, w.in.row(0));
+            code(w, first, count, w.in.row(first), w.in.stride, nullptr, {&layer.o});
         },
         (rows + piece - 1) / piece,
         [&](int i) { multiply(w, layer.o, i * piece, std::min((i + 1) * piece, rows), b_.out); });
@@ -174,13 +174,14 @@ void Forward::attention(Worker& w, int l) {
 
 void Forward::feed_forward(Worker& w, int l) {
     const Layer& layer = at(e_.layers_, l);
-    const int wide = supertiles(layer.gate), step = grain(2 * wide);
+    // A task has as many rows of both matrices; with few tokens, larger tasks are faster.
+    const int wide = supertiles(layer.gate), step = grain(tokens_ < kManyTokens ? 2 * wide : wide);
     block(
         w, tokens_,
-        [&](int t, bool keep) {
-            kernels_.rms_norm(advance(w, t, &layer.attn_post_norm, keep), layer.ffn_norm.data(),
-                              m_.hidden, m_.norm_eps, w.in.row(t));
-            code(w, t, w.in.row(t), {&layer.gate, &layer.up});
+        [&](int first, int count, bool keep) {
+            const float* h = advance(w, first, count, &layer.attn_post_norm, keep);
+            code(w, first, count, h, b_.residual[0].stride, &layer.ffn_norm,
+                 {&layer.gate, &layer.up});
         },
         (wide + step - 1) / step,
         [&](int i) {
@@ -192,11 +193,14 @@ void Forward::feed_forward(Worker& w, int l) {
                 kernels_.gate(b_.gate.row(t) + row, b_.up.row(t) + row, count, m_.activation,
                               b_.gate.row(t) + row);
         });
-    w.residual ^= 1;
+    if (alone_) w.residual ^= 1;
 
     const int rows = supertiles(layer.down), piece = grain(rows);
     block(
-        w, tokens_, [&](int t, bool) { code(w, t, b_.gate.row(t), {&layer.down}); },
+        w, tokens_,
+        [&](int first, int count, bool) {
+            code(w, first, count, b_.gate.row(first), b_.gate.stride, nullptr, {&layer.down});
+        },
         (rows + piece - 1) / piece,
         [&](int i) {
             multiply(w, layer.down, i * piece, std::min((i + 1) * piece, rows), b_.out);
@@ -229,9 +233,9 @@ void Forward::results(Worker& w) {
     float* const to = places != nullptr && count == 1 ? b_.head.front().data() : logits;
     block(
         w, count,
-        [&](int i, bool keep) {
-            last_norm(at(wanted_, i), keep, w.in.row(i));
-            code(w, i, w.in.row(i), {&e_.head()});
+        [&](int first, int some, bool keep) {
+            for (int i = first; i < first + some; ++i) last_norm(at(wanted_, i), keep, w.in.row(i));
+            code(w, first, some, w.in.row(first), w.in.stride, nullptr, {&e_.head()});
         },
         (all + kHeadTiles - 1) / kHeadTiles,
         [&](int i) { head_rows(w, i * kHeadTiles, std::min((i + 1) * kHeadTiles, all), to); });
@@ -267,26 +271,57 @@ const float* Forward::advance(const Worker& w, int t, const Norm* after, bool ke
         kernels_.rms_norm(y, after->data(), m_.hidden, m_.norm_eps, h);
         y = h;
     }
-    for (int i = 0; i < m_.hidden; ++i) h[i] = before[i] + y[i];
+    kernels_.add(before, y, m_.hidden, h);
     return h;
 }
 
-// Makes x the input `row` of the matrices that read it.
-void Forward::code(const Worker& w, int row, const float* x,
-                   std::initializer_list<const Linear*> users) {
-    bool coded = false, plain = false;
+// The same for neighbouring tokens. With many tokens nobody else reads the residual of these, so it
+// is changed where it is.
+const float* Forward::advance(const Worker& w, int first, int count, const Norm* after, bool keep) {
+    if (alone_) return advance(w, first, after, keep);
+    const OutputBuffer& h = b_.residual[w.residual];
+    for (int t = first; after != nullptr && t < first + count; ++t) {
+        float* y = b_.out.row(t);
+        if (t + 1 < first + count) {  // what other threads have written
+            fetch(h.row(t + 1), m_.hidden);
+            fetch(y + b_.out.stride, m_.hidden);
+        }
+        if (!after->empty()) kernels_.rms_norm(y, after->data(), m_.hidden, m_.norm_eps, y);
+        kernels_.add(h.row(t), y, m_.hidden, h.row(t));
+    }
+    return h.row(first);
+}
+
+// Makes x, [count][stride], or its norm, the inputs [first, first + count) of the matrices that
+// read them.
+void Forward::code(const Worker& w, int first, int count, const float* x, size_t stride,
+                   const Norm* norm, std::initializer_list<const Linear*> users) {
+    const Linear* coded = nullptr;  // they share the channel order
+    bool plain = false;
     for (const Linear* user : users) {
-        if (user->coded < 0) {
+        if (user->coded < 0)
             plain = true;
-        } else if (!coded) {  // they share the channel order
-            const CodedMatrix& matrix = e_.weights.matrix(user->coded);
-            Prepared prepared = w.in.prepared(matrix.groups);
-            kernels_.prepare(x, e_.weights.order(matrix.input).data(), matrix.columns,
-                             e_.weights.wide(matrix.input), &prepared, row);
-            coded = true;
+        else
+            coded = user;
+    }
+    if (plain && x != w.in.row(first)) {
+        for (int i = 0; i < count; ++i) {
+            const float* from = x + static_cast<size_t>(i) * stride;
+            float* to = w.in.row(first + i);
+            const int columns = users.begin()[0]->columns;
+            if (norm != nullptr)
+                kernels_.rms_norm(from, norm->data(), columns, m_.norm_eps, to);
+            else
+                std::copy_n(from, columns, to);
         }
     }
-    if (plain && x != w.in.row(row)) std::copy_n(x, users.begin()[0]->columns, w.in.row(row));
+    if (coded == nullptr) return;
+    const CodedMatrix& matrix = e_.weights.matrix(coded->coded);
+    const Prepared prepared = w.in.prepared(matrix.groups);
+    kernels_.prepare({x, stride, count, norm == nullptr ? nullptr : norm->data(), m_.norm_eps,
+                      e_.weights.order(matrix.input).data(), matrix.columns,
+                      e_.weights.wide(matrix.input), &prepared, first,
+                      at(b_.together, w.self).data()});
 }
 
 // Supertiles [first, last) of a matrix, if any, for the first `count` inputs: to
@@ -328,7 +363,7 @@ void Forward::multiply(const Worker& w, const Linear& linear, int first, int las
 // Supertiles of a task: a few tasks for each thread, so that one that is late is not waited for.
 // With many tokens a task takes long, and more of them leave less to wait for at the end.
 int Forward::grain(int supertiles) const {
-    const int tasks = (tokens_ < 32 ? 2 : 8) * threads_;
+    const int tasks = (tokens_ < kManyTokens ? 2 : 8) * threads_;
     return std::max(1, supertiles / tasks);
 }
 

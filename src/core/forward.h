@@ -64,6 +64,11 @@ class Forward {
         int sequence, page;
     };
 
+    // Tokens of this chunk that go to one page.
+    struct NewTokens {
+        int first, count;
+    };
+
     void plan_attention();
     bool given_up() const { return !whole_ && e_.hurry_.load(std::memory_order_relaxed); }
     void work(int self);
@@ -78,13 +83,15 @@ class Forward {
     void results(Worker& w);
 
     const float* advance(const Worker& w, int t, const Norm* after, bool keep);
-    void code(const Worker& w, int row, const float* x, std::initializer_list<const Linear*> users);
+    const float* advance(const Worker& w, int first, int count, const Norm* after, bool keep);
+    void code(const Worker& w, int first, int count, const float* x, size_t stride,
+              const Norm* norm, std::initializer_list<const Linear*> users);
     void multiply(const Worker& w, const Linear& linear, int count, int first, int last, float* out,
                   size_t stride);
     void multiply(const Worker& w, const Linear& linear, int first, int last,
                   const OutputBuffer& out);
     int grain(int supertiles) const;
-    void append(int l, int t, int kv_head);
+    void append(int l, int first, int count, int kv_head);
     void load_query(int l, int t, int head, float* to) const;
     void load_queries(Worker& w, int l, const AttentionTask& task);
     void attend(Worker& w, int l, const AttentionTask& task);
@@ -110,6 +117,7 @@ class Forward {
     bool singles_;  // every sequence has one token: who attends appends its keys and values
     std::vector<int> wanted_, stated_;  // tokens whose logits, or states, are asked for
     std::vector<AttentionTask> tasks_;
+    std::vector<NewTokens> new_;
     // Without a ladder these are empty. Slots of the pages of all sequences, and where those of a
     // token's sequence begin.
     std::vector<FullPage> full_;

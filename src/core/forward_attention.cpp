@@ -12,6 +12,14 @@ constexpr int kThen = 4;  // pages of the next task that are fetched in this one
 }  // namespace
 
 void Forward::plan_attention() {
+    for (int t = 0; t < tokens_; ++t) {
+        const ChunkToken& token = at(chunk_, t);
+        if (t > 0 && token.sequence == at(chunk_, t - 1).sequence &&
+            token.position % kPageTokens != 0)
+            ++new_.back().count;
+        else
+            new_.push_back({t, 1});
+    }
     const bool coded = e_.kv.ladder.present();
     for (int t = 0; coded && t < tokens_; ++t) {
         const ChunkToken& token = at(chunk_, t);
@@ -44,7 +52,7 @@ void Forward::plan_attention() {
         return;
     }
     // As many queries in a task as possible, fewer if there are few.
-    int most = kMaxQueries;
+    int most = coded ? kMaxQueries : kExactQueries;
     while (!singles_ && most > 1 &&
            m_.kv_heads * ((tokens_ * group_ + most - 1) / most) < 2 * threads_)
         most = (most + 1) / 2;
@@ -64,22 +72,33 @@ void Forward::plan_attention() {
     std::reverse(tasks_.begin(), tasks_.end());
 }
 
-// Keys are normed and rotated; keys and values go to their page.
-void Forward::append(int l, int t, int kv_head) {
+// Keys are normed and rotated; keys and values go to their page, which is the same for `count`
+// tokens.
+void Forward::append(int l, int first, int count, int kv_head) {
     const Layer& layer = at(e_.layers_, l);
-    const ChunkToken& token = at(chunk_, t);
+    const ChunkToken& token = at(chunk_, first);
     const size_t rope = static_cast<size_t>(at(m_.layer_rope, l));
     const int page = token.position / kPageTokens, slot = token.position % kPageTokens;
-    float* k = b_.k.row(t) + kv_head * m_.head_dim;
-    if (!layer.k_norm.empty())
-        kernels_.rms_norm(k, layer.k_norm.data(), m_.head_dim, m_.norm_eps, k);
-    kernels_.rope(k, b_.cosine_row(rope, t), b_.sine_row(rope, t), m_.head_dim);
-    uint16_t halves[kMaxHeadDim];
-    kernels_.to_half(k, m_.head_dim, halves);
-    uint16_t* keys = e_.kv.keys(token.sequence, page, l, kv_head);
-    for (int i = 0; i < m_.head_dim; ++i) keys[i * kPageTokens + slot] = halves[i];
-    kernels_.to_half(b_.v.row(t) + kv_head * m_.head_dim, m_.head_dim,
-                     e_.kv.values(token.sequence, page, l, kv_head) + slot * e_.kv.value_stride());
+    float* k = b_.k.row(first) + kv_head * m_.head_dim;
+    const float* v = b_.v.row(first) + kv_head * m_.head_dim;
+    for (int i = 0; i < count; ++i) {
+        float* key = k + static_cast<size_t>(i) * b_.k.stride;
+        if (i + 1 < count) {  // what other threads have written
+            fetch(key + b_.k.stride, m_.head_dim);
+            fetch(v + static_cast<size_t>(i) * b_.v.stride, m_.head_dim);
+        }
+        if (!layer.k_norm.empty())
+            kernels_.rms_norm(key, layer.k_norm.data(), m_.head_dim, m_.norm_eps, key);
+        kernels_.rope(key, b_.cosine_row(rope, first + i), b_.sine_row(rope, first + i),
+                      m_.head_dim);
+    }
+    kernels_.to_keys(k, b_.k.stride, count, m_.head_dim,
+                     e_.kv.keys(token.sequence, page, l, kv_head), slot);
+    const size_t stride = static_cast<size_t>(e_.kv.value_stride());
+    kernels_.to_values(
+        v, b_.v.stride, count, m_.head_dim,
+        e_.kv.values(token.sequence, page, l, kv_head) + static_cast<size_t>(slot) * stride,
+        stride);
 }
 
 // A query, normed, rotated and scaled.
@@ -102,6 +121,9 @@ void Forward::load_queries(Worker& w, int l, const AttentionTask& task) {
         return;
     const AttentionRoom& room = at(b_.attention, w.self);
     const KvLadder& ladder = e_.kv.ladder;
+    for (int q = task.first; q < task.last; ++q)  // what other threads have written
+        fetch(b_.q.row(q / group_) + (task.kv_head * group_ + q % group_) * m_.head_dim,
+              m_.head_dim);
     for (int q = task.first; q < task.last; ++q) {
         const int slot = q - task.first;
         load_query(l, q / group_, task.kv_head * group_ + q % group_, room.query(slot));
@@ -119,8 +141,8 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
     const KvLadder& ladder = e_.kv.ladder;
     const bool coded = ladder.present(), alone = task.part >= 0;
     load_queries(w, l, task);
-    const float* queries[kMaxQueries];
-    int positions[kMaxQueries];
+    const float* queries[kExactQueries];
+    int positions[kExactQueries];
     int latest = 0;
     const int sequence = at(chunk_, task.first / group_).sequence;
     for (int q = task.first; q < task.last; ++q) {
@@ -134,7 +156,7 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
     const int seen = window > 0 ? std::max(0, positions[0] - window + 1) : 0;
     const int first_part = alone ? task.part : seen / kPartTokens;
     const bool newest = last_part == latest / kPartTokens;
-    if (newest && singles_) append(l, task.first / group_, task.kv_head);
+    if (newest && singles_) append(l, task.first / group_, 1, task.kv_head);
 
     // With a ladder all pages before the newest are coded, and added up as they are, turned.
     const int pages = coded ? coded_pages(sequence, latest) : latest / kPageTokens + 1;
@@ -144,7 +166,7 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
     const auto head = [&](int slot) {
         return task.kv_head * group_ + (task.first + slot) % group_;
     };
-    Attended drawn[kMaxQueries];
+    Attended drawn[kExactQueries];
     for (int part = first_part; part <= last_part; ++part) {
         for (int slot = 0; slot < count; ++slot)
             drawn[slot] = alone                ? b_.part(head(slot), part)

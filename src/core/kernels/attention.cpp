@@ -14,12 +14,19 @@ namespace {
 
 constexpr int kPair = 2 * kLanes;
 
+constexpr int kSlice = 64;  // channels whose factors lie together
+#if defined(PLIANT_AVX512)
+constexpr int kRows = 12;  // whose sums fit into registers
+#else
+constexpr int kRows = 8;
+#endif
+
 // Two vectors of sums for each of Q rows. Members of nested structs become registers; elements of
-// arrays that live through a loop stay in memory.
-template <int Q>
+// arrays that live through a loop stay in memory. Factors of the rows are `Stride` apart.
+template <int Q, int Stride>
 struct RowSums {
     V x, y;
-    RowSums<Q - 1> rest;
+    RowSums<Q - 1, Stride> rest;
 
     PLIANT_INLINE void clear() {
         x = y = zero();
@@ -30,11 +37,11 @@ struct RowSums {
         y = load(rows->values + second);
         rest.read(rows + 1, first, second);
     }
-    PLIANT_INLINE void add(V a, V b, const float* const* factors, int column) {
-        const V factor = set1(factors[0][column]);
+    PLIANT_INLINE void add(V a, V b, const float* factors) {
+        const V factor = set1(*factors);
         fma_to(x, a, factor);
         fma_to(y, b, factor);
-        rest.add(a, b, factors + 1, column);
+        rest.add(a, b, factors + Stride);
     }
     PLIANT_INLINE void write(const Attended* rows, int first, int second) const {
         store(rows->values + first, x);
@@ -47,11 +54,11 @@ struct RowSums {
         rest.write(rows + 1, at);
     }
 };
-template <>
-struct RowSums<0> {
+template <int Stride>
+struct RowSums<0, Stride> {
     PLIANT_INLINE void clear() {}
     PLIANT_INLINE void read(const Attended*, int, int) {}
-    PLIANT_INLINE void add(V, V, const float* const*, int) {}
+    PLIANT_INLINE void add(V, V, const float*) {}
     PLIANT_INLINE void write(const Attended*, int, int) const {}
     PLIANT_INLINE void write(float (*)[kPartTokens], int) const {}
 };
@@ -59,7 +66,10 @@ struct RowSums<0> {
 template <int Q>
 void attend_some(const Attention& a) {
     const int dims = a.head_dim, padded = (dims + kLanes - 1) / kLanes * kLanes;
-    Scores scores;
+    alignas(64) float scores[Q][kPartTokens], queries[kMaxHeadDim / kSlice][Q][kSlice];
+    for (int d = 0; d < dims; d += kSlice)
+        for (int q = 0; q < Q; ++q)
+            std::copy_n(a.q[q] + d, std::min(kSlice, dims - d), queries[d / kSlice][q]);
     const Seen seen(a);
     const int count = seen.count(), base = seen.begin * kPageTokens;
     const uint16_t* const* k = a.k + (seen.begin - a.first_page);
@@ -67,55 +77,60 @@ void attend_some(const Attention& a) {
     for (int i = 0; i < count; ++i) {
         const uint16_t* key = k[i];
         const uint16_t* next = i + 1 < count ? k[i + 1] : v[0];
-        RowSums<Q> page;
+        RowSums<Q, kSlice> page;
         page.clear();
-        for (int d = 0; d < dims; ++d, key += kPageTokens, next += kPageTokens) {
-            __builtin_prefetch(next, 0, 1);
-            page.add(load_half(key), load_half(key + kLanes), a.q, d);
+        for (int d = 0; d < dims; d += kSlice) {
+            const float* query = queries[d / kSlice][0];
+            for (const float* end = query + std::min(kSlice, dims - d); query != end; ++query) {
+                __builtin_prefetch(next, 0, 1);
+                page.add(load_half(key), load_half(key + kLanes), query);
+                key += kPageTokens;
+                next += kPageTokens;
+            }
         }
-        page.write(scores.p, i * kPageTokens);
+        page.write(scores, i * kPageTokens);
     }
     for (int q = 0; q < Q; ++q)
-        soften(scores.p[q], count, base, a.position[q], a.window, a.softcap, a.out[q]);
+        find_best(scores[q], count, base, a.position[q], a.window, a.softcap, a.out[q]);
+    for (int q = 0; q < Q; ++q) soften(scores[q], count, a.out[q]);
     for (int q = 0; q < Q; ++q) std::fill(a.out[q].values, a.out[q].values + padded, 0.0f);
     for (int i = 0; i < count; ++i) {
-        const float* weights[Q];
-        for (int q = 0; q < Q; ++q) weights[q] = scores.p[q] + i * kPageTokens;
         const int tokens = std::min(kPageTokens, seen.last + 1 - base - i * kPageTokens);
         const uint16_t* next = v[std::min(i + 1, count - 1)];
         for (int d = 0; d < padded; d += kPair) {
             // The last of an odd number of vectors is computed twice.
             const int e = std::min(d + kLanes, padded - kLanes);
-            RowSums<Q> drawn;
+            RowSums<Q, kPartTokens> drawn;
             drawn.read(a.out, d, e);
             const uint16_t* value = v[i];
-            for (int j = 0; j < tokens; ++j, value += padded, next += kPair) {
+            const float* weight = scores[0] + i * kPageTokens;
+            for (const float* end = weight + tokens; weight != end; ++weight) {
                 __builtin_prefetch(next, 0, 1);
-                drawn.add(load_half(value + d), load_half(value + e), weights, j);
+                drawn.add(load_half(value + d), load_half(value + e), weight);
+                value += padded;
+                next += kPair;
             }
             drawn.write(a.out, d, e);
         }
     }
 }
 
+// The first `count` of the queries, at least Q.
+template <int Q = 1>
+void attend_first(const Attention& a, int count) {
+    if constexpr (Q < kRows)
+        if (count > Q) return attend_first<Q + 1>(a, count);
+    attend_some<Q>(a);
+}
+
 void attend(const Attention& a) {
-    switch (a.queries) {
-        case 1:
-            return attend_some<1>(a);
-        case 2:
-            return attend_some<2>(a);
-        case 3:
-            return attend_some<3>(a);
-        case 4:
-            return attend_some<4>(a);
-        case 5:
-            return attend_some<5>(a);
-        case 6:
-            return attend_some<6>(a);
-        case 7:
-            return attend_some<7>(a);
-        default:
-            return attend_some<8>(a);
+    Attention left = a;
+    for (int count; left.queries > 0; left.queries -= count) {
+        count = std::min(left.queries, kRows);
+        attend_first(left, count);
+        left.q += count;
+        left.position += count;
+        left.out += count;
     }
 }
 

@@ -34,11 +34,10 @@ struct Seen {
     int count() const { return std::max(0, end - begin); }
 };
 
-// Turns the scores of one query with whole pages, whose first position is `base`, into weights
-// relative to the largest: Σ e^(score - best) is their total. What the query does not see gets the
-// weight 0, and changes neither, so a query gets the same bits whatever its neighbours see.
-inline void soften(float* p, int pages, int base, int position, int window, float softcap,
-                   const Attended& out) {
+// The largest of the scores of one query with whole pages, whose first position is `base`. What the
+// query does not see becomes -inf.
+inline void find_best(float* p, int pages, int base, int position, int window, float softcap,
+                      const Attended& out) {
     const int tokens = pages * kPageTokens;
     if (softcap > 0.0f) {
         const V cap = set1(softcap);
@@ -54,8 +53,15 @@ inline void soften(float* p, int pages, int base, int position, int window, floa
         most0 = max(load(p + i), most0);
         most1 = max(load(p + i + kLanes), most1);
     }
-    const float best = largest(max(most0, most1));
-    *out.best = best;
+    *out.best = largest(max(most0, most1));
+}
+
+// Then they become weights relative to it: Σ e^(score - best) is their total. What is not seen gets
+// the weight 0, and changes neither, so a query gets the same bits whatever its neighbours see.
+// A loop for all queries each: then none of them waits for its largest score.
+inline void soften(float* p, int pages, const Attended& out) {
+    const int tokens = pages * kPageTokens;
+    const float best = *out.best;
     *out.total = 0.0f;
     if (best == -INFINITY) return std::fill(p, p + tokens, 0.0f);
     V total0 = zero(), total1 = zero();

@@ -34,8 +34,9 @@ class Coded {
             for (int page = kKeysAhead + q; page < std::min(count, kKeysAhead + kBlock);
                  page += a_.queries)
                 fetch(region(page, true));
-            soften(scores_.p[q], count, seen_.begin * kPageTokens, a_.position[q], a_.window,
-                   a_.softcap, a_.out[q]);
+            find_best(scores_.p[q], count, seen_.begin * kPageTokens, a_.position[q], a_.window,
+                      a_.softcap, a_.out[q]);
+            soften(scores_.p[q], count, a_.out[q]);
             std::fill(a_.out[q].values, a_.out[q].values + a_.groups * kGroup, 0.0f);
         }
         for (int at = 0; at < count;) at += values(block(at));

@@ -1,5 +1,6 @@
 // Products with coded matrices in plain C++: the definition that the other kernels are held to, bit
 // for bit.
+#include <array>
 #include <cmath>
 
 #include "ops.h"
@@ -8,11 +9,16 @@ namespace pliant::plain {
 
 namespace {
 
+// Where the bits of a weight are in each ply of a group.
+size_t byte_of(size_t supertile, int row, int c) {
+    return supertile * 256 + static_cast<size_t>(row / 16) * 128 +
+           static_cast<size_t>(c / 32) * 64 + static_cast<size_t>(row % 16) * 4 +
+           static_cast<size_t>(c % 4);
+}
+
 // The collected bits (see LevelTables) of the weight in `row` of a supertile, stored column c.
 int collect(const uint8_t* const* planes, int depth, size_t supertile, int row, int c) {
-    const size_t byte = supertile * 256 + static_cast<size_t>(row / 16) * 128 +
-                        static_cast<size_t>(c / 32) * 64 + static_cast<size_t>(row % 16) * 4 +
-                        static_cast<size_t>(c % 4);
+    const size_t byte = byte_of(supertile, row, c);
     const int shift = (c % 32) / 4;
     const auto bit = [&](int ply) { return planes[ply][byte] >> shift & 1; };
     int bits = 0;
@@ -22,6 +28,26 @@ int collect(const uint8_t* const* planes, int depth, size_t supertile, int row, 
     const int width = depth <= 6 ? depth - 4 : 4;
     for (int ply = 4; ply < 4 + width; ++ply) upper = upper << 1 | (ply < depth ? bit(ply) : 0);
     return bits | upper << 4;
+}
+
+// Bit j of a byte as byte j.
+constexpr std::array<uint64_t, 256> kSpread = [] {
+    std::array<uint64_t, 256> spread{};
+    for (size_t byte = 0; byte < 256; ++byte)
+        for (size_t bit = 0; bit < 8; ++bit)
+            spread[byte] |= static_cast<uint64_t>(byte >> bit & 1) << 8 * bit;
+    return spread;
+}();
+
+// The same of columns c, c + 4, … c + 28, from the lowest byte on; c is the first of its kind in a
+// half of the group.
+uint64_t collect_eight(const uint8_t* const* planes, int depth, size_t supertile, int row, int c) {
+    const size_t byte = byte_of(supertile, row, c);
+    const int upper = depth <= 6 ? depth : 8;
+    uint64_t bits = 0;
+    for (int ply = 0; ply < depth; ++ply)
+        bits |= kSpread[planes[ply][byte]] << (ply < 4 ? 3 - ply : 3 + upper - ply);
+    return bits;
 }
 
 int scale_code(const uint8_t* codes, size_t supertile, int row) {
@@ -105,6 +131,11 @@ void coded_row(const CodedBlock& block, const LevelTables& levels, int row, cons
                int columns, float* out) {
     const size_t tile = static_cast<size_t>(row / kSupertile);
     const int r = row % kSupertile;
+    for (size_t group = 0; group < static_cast<size_t>(block.groups); ++group)
+        for (int ply = 0; ply < block.depth[group]; ++ply)
+            for (int c = 0; c < kGroup; c += kGroup / 2)
+                __builtin_prefetch(block.planes[group * kMaxDepth + static_cast<size_t>(ply)] +
+                                   byte_of(tile, r, c));
     for (int g = 0; g < block.groups; ++g) {
         const size_t group = static_cast<size_t>(g);
         const int depth = block.depth[group];
@@ -117,11 +148,14 @@ void coded_row(const CodedBlock& block, const LevelTables& levels, int row, cons
             const float factor = block.group_scale[g] * levels.scale[depth] *
                                  levels.steps[scale_code(block.codes[group], tile, r)] *
                                  block.row_scale[row] * 0.125f;
-            for (int c = 0; c < kGroup; ++c) {
-                const int bits = collect(planes, depth, tile, r, c);
-                v[c] = (static_cast<float>(levels.hi[depth][bits]) +
-                        static_cast<float>(levels.lo[depth][bits]) / 256.0f) *
-                       factor;
+            for (int c = 0; c < kGroup; c += c % 4 == 3 ? kGroup / 2 - 3 : 1) {
+                uint64_t eight = collect_eight(planes, depth, tile, r, c);
+                for (int i = 0; i < kGroup / 2; i += 4, eight >>= 8) {
+                    const size_t bits = eight & 255;
+                    v[c + i] = (static_cast<float>(levels.hi[depth][bits]) +
+                                static_cast<float>(levels.lo[depth][bits]) / 256.0f) *
+                               factor;
+                }
             }
             for (int stride = 1; stride < kGroup; stride *= 2)
                 for (int i = 0; i < kGroup; ++i)

@@ -16,6 +16,24 @@ namespace pliant {
 
 constexpr int kPageTokens = 32;  // tokens of a page of the KV cache
 
+// Neighbouring tokens to be rotated and coded: x[token][columns], or its norm, gathered by order,
+// zero-filled to groups of 64.
+struct Preparing {
+    const float* x;  // [count][stride]
+    size_t stride;
+    int count;          // tokens
+    const float* norm;  // [columns], as of rms_norm, or null
+    float eps;
+    const uint16_t* order;  // [columns]
+    int columns;
+    bool wide;
+    const Prepared* out;
+    int first;       // of its tokens
+    float* scratch;  // [columns][kTogether]; [columns] is enough for one token
+};
+
+constexpr int kTogether = 16;  // tokens that are prepared at once
+
 // out[t][r] = row_scale[r] · Σ_g Σ_c w[r][c] · x[t][c] for the supertiles [first, last) of a block.
 struct CodedProduct {
     const CodedBlock* block;
@@ -49,7 +67,7 @@ struct PlainProduct {
 // precision.
 struct Attention {
     int head_dim;
-    int queries;                 // at most kMaxQueries
+    int queries;                 // at most kExactQueries
     const float* const* q;       // [queries] -> [head_dim], already scaled
     const int* position;         // [queries]: a query sees positions <= its own …
     int window;                  // … and > position - window if window > 0
@@ -145,7 +163,8 @@ struct Attended {
     float *best, *total, *values;
 };
 
-constexpr int kMaxQueries = 8;
+constexpr int kMaxQueries = 8;     // of coded pages
+constexpr int kExactQueries = 12;  // of exact pages
 constexpr int kMaxHeadDim = 1024;
 // Positions go through attention in parts of this many pages, counted from the beginning of the
 // sequence. Parts may be computed by several threads, and are always added up in order.
@@ -157,21 +176,24 @@ enum class Activation { kSilu, kGeluTanh, kGelu };
 struct Kernels {
     const char* name;
 
-    // Rotates and codes one token: x[columns] gathered by order, zero-filled to groups of 64.
-    void (*prepare)(const float* x, const uint16_t* order, int columns, bool wide, Prepared* out,
-                    int token);
+    void (*prepare)(const Preparing&);
     void (*coded_product)(const CodedProduct&);
     void (*plain_product)(const PlainProduct&);
     // One row of a coded block, in source column order: out[columns].
     void (*coded_row)(const CodedBlock& block, const LevelTables& levels, int row,
                       const uint16_t* order, int columns, float* out);
 
+    void (*add)(const float* x, const float* y, int n, float* out);
     void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
     // Rotates pairs (i, i + n / 2) of one head in place.
     void (*rope)(float* x, const float* cosine, const float* sine, int n);
     void (*gate)(const float* gate, const float* up, int n, Activation activation, float* out);
     void (*softcap)(float* x, int n, float cap);
-    void (*to_half)(const float* x, int n, uint16_t* out);  // clamped to finite values
+    // To a page of the KV cache, clamped to finite values: x[count][stride] as values, or as keys
+    // of its places [slot, slot + count).
+    void (*to_values)(const float* x, size_t stride, int count, int n, uint16_t* out,
+                      size_t out_stride);
+    void (*to_keys)(const float* x, size_t stride, int count, int n, uint16_t* page, int slot);
     void (*attend)(const Attention&);
     // Turns one query, [head_dim] and already scaled, to place `slot`.
     void (*turn_query)(const Turn& turn, int head_dim, int groups, const float* query, int slot,

@@ -4,69 +4,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "kernels.h"
-#include "rotate.h"
 #include "simd.h"
+#include "transpose.h"
+#include "vectors.h"
 
 namespace pliant::PLIANT_ISA {
 
 namespace {
-
-template <typename F>
-inline void each_vector(int n, F&& f) {  // f(offset, lanes)
-    int i = 0;
-    for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
-    if (i < n) f(i, n - i);
-}
-inline V load_n(const float* p, int n) { return n == kLanes ? load(p) : load_part(p, n); }
-inline void store_n(float* p, V a, int n) { n == kLanes ? store(p, a) : store_part(p, a, n); }
-
-void prepare(const float* x, const uint16_t* order, int columns, bool wide, Prepared* out,
-             int token) {
-    for (int g = 0; g < out->groups; ++g) {
-        alignas(64) float in[kGroup];
-        const int first = g * kGroup, count = std::min(kGroup, columns - first);
-        for (int c = 0; c < count; ++c) in[c] = x[order[first + c]];
-        for (int c = count; c < kGroup; ++c) in[c] = 0.0f;
-
-        V v[4];
-        for (int i = 0; i < 4; ++i) v[i] = load(in + 16 * i);
-        rotate(v);
-        const float peak = largest(max(max(abs(v[0]), abs(v[1])), max(abs(v[2]), abs(v[3]))));
-
-        const size_t at = out->at(g, token);
-        int8_t* hi = out->hi + at * kGroup;
-        int8_t* lo = out->lo + at * kGroup;
-        out->sum_hi[at] = out->sum_lo[at] = 0;
-        if (!can_be_coded(peak)) {
-            std::memset(hi, 0, kGroup);
-            if (wide) std::memset(lo, 0, kGroup);
-            out->scale[at] = peak <= kLeastPeak ? 0.0f : NAN;
-            continue;
-        }
-        const V factor = set1(32512.0f / peak);  // 32512 = 127 · 256
-        alignas(64) int32_t q[kGroup];
-        for (int i = 0; i < 4; ++i) store_int(q + 16 * i, mul(v[i], factor));
-        int32_t sum_hi = 0, sum_lo = 0;
-        for (int c = 0; c < kGroup; ++c) {
-            const int32_t h = (q[c] + 128) >> 8;
-            hi[c] = static_cast<int8_t>(h);
-            sum_hi += h;
-        }
-        if (wide) {
-            for (int c = 0; c < kGroup; ++c) {
-                const int32_t l = q[c] - ((q[c] + 128) >> 8) * 256;
-                lo[c] = static_cast<int8_t>(l);
-                sum_lo += l;
-            }
-        }
-        out->scale[at] = peak * (0.125f / 127.0f);  // 1/8 is the norm of the transform
-        out->sum_hi[at] = sum_hi;
-        out->sum_lo[at] = sum_lo;
-    }
-}
 
 template <bool BF16>
 inline V load_weight(const void* weight, size_t at, int n) {
@@ -99,17 +45,9 @@ void plain_rows(const PlainProduct& p) {
 
 void plain_product(const PlainProduct& p) { p.bf16 ? plain_rows<true>(p) : plain_rows<false>(p); }
 
-void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
-    V squares = zero();
-    each_vector(n, [&](int i, int k) {
-        const V v = load_n(x + i, k);
-        squares = fma(v, v, squares);
-    });
-    const float mean = sum(squares) / static_cast<float>(n);
-    const V factor = set1(1.0f / std::sqrt(mean + eps));
-    each_vector(n, [&](int i, int k) {
-        store_n(out + i, mul(mul(load_n(x + i, k), factor), load_n(weight + i, k)), k);
-    });
+void add_up(const float* x, const float* y, int n, float* out) {
+    each_vector(
+        n, [&](int i, int k) { store_n(out + i, add(load_n(x + i, k), load_n(y + i, k)), k); });
 }
 
 void rope(float* x, const float* cosine, const float* sine, int n) {
@@ -153,25 +91,49 @@ void softcap(float* x, int n, float cap) {
                 [&](int i, int k) { store_n(x + i, mul(c, tanh(div(load_n(x + i, k), c))), k); });
 }
 
-void to_half(const float* x, int n, uint16_t* out) {
-    const V top = set1(65504.0f), bottom = set1(-65504.0f);
-    each_vector(n, [&](int i, int k) {
-        uint16_t part[kLanes];
-        store_half(part, min(max(load_n(x + i, k), bottom), top));
-        std::copy(part, part + k, out + i);
-    });
+V finite(V x) { return min(max(x, set1(-65504.0f)), set1(65504.0f)); }
+
+void to_values(const float* x, size_t stride, int count, int n, uint16_t* out, size_t out_stride) {
+    for (int t = 0; t < count; ++t, x += stride, out += out_stride)
+        each_vector(n, [&](int i, int k) {
+            uint16_t part[kLanes];
+            store_half(part, finite(load_n(x + i, k)));
+            std::copy(part, part + k, out + i);
+        });
+}
+
+void to_keys(const float* x, size_t stride, int count, int n, uint16_t* page, int slot) {
+#if defined(PLIANT_AVX512)
+    constexpr int kChannels = 64;  // at once
+    alignas(64) float columns[kChannels][kLanes];
+    for (; count >= kLanes; count -= kLanes, slot += kLanes, x += kLanes * stride)
+        for (int c = 0; c < n; c += kChannels) {
+            const int channels = std::min(kChannels, n - c);
+            transpose<true>(x + c, stride, kLanes, channels, columns[0],
+                            [](int, V v) { return finite(v); });
+            for (int i = 0; i < channels; ++i)
+                store_half(page + (c + i) * kPageTokens + slot, load(columns[i]));
+        }
+#endif
+    alignas(64) uint16_t halves[kMaxHeadDim];
+    for (int t = 0; t < count; ++t) {
+        to_values(x + static_cast<size_t>(t) * stride, 0, 1, n, halves, 0);
+        for (int i = 0; i < n; ++i) page[i * kPageTokens + slot + t] = halves[i];
+    }
 }
 
 }  // namespace
 
 void fill_ops(Kernels& k) {
-    k.prepare = prepare;
     k.plain_product = plain_product;
+    k.add = add_up;
     k.rms_norm = rms_norm;
     k.rope = rope;
     k.gate = gate;
     k.softcap = softcap;
-    k.to_half = to_half;
+    k.to_values = to_values;
+    k.to_keys = to_keys;
+    fill_inputs(k);
     fill_attention(k);
     fill_coding(k);
 }

@@ -12,6 +12,7 @@ inline void fetch(const Ahead& ahead) {
 
 namespace plain {
 void fill_ops(Kernels& kernels);
+void fill_inputs(Kernels& kernels);
 void fill_attention(Kernels& kernels);
 void fill_coding(Kernels& kernels);
 void attend_coded(const CodedAttention& attention);
@@ -23,6 +24,7 @@ void coded_row(const CodedBlock& block, const LevelTables& levels, int row, cons
 
 namespace avx2 {
 void fill_ops(Kernels& kernels);
+void fill_inputs(Kernels& kernels);
 void fill_attention(Kernels& kernels);
 void fill_coding(Kernels& kernels);
 void attend_coded(const CodedAttention& attention);
@@ -32,6 +34,7 @@ void coded_product(const CodedProduct& product);
 
 namespace avx512 {
 void fill_ops(Kernels& kernels);
+void fill_inputs(Kernels& kernels);
 void fill_attention(Kernels& kernels);
 void fill_coding(Kernels& kernels);
 void attend_coded(const CodedAttention& attention);

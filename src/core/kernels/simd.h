@@ -62,6 +62,11 @@ inline V zero_below(V a, V x, float limit) {  // x < limit ? 0 : a
     return {_mm512_maskz_mov_ps(keep, a.v)};
 }
 inline V abs(V a) { return {_mm512_abs_ps(a.v)}; }
+// The larger one of values that are not negative; what is no number is larger than all numbers.
+inline V max_bits(V a, V b) {
+    return {
+        _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+}
 inline V load_half(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
@@ -155,6 +160,13 @@ inline V zero_below(V a, V x, float limit) {
 inline V abs(V x) {
     const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
+}
+inline V max_bits(V x, V y) {
+    const auto part = [](__m256 p, __m256 q) {
+        return _mm256_castsi256_ps(
+            _mm256_max_epi32(_mm256_castps_si256(p), _mm256_castps_si256(q)));
+    };
+    return {part(x.a, y.a), part(x.b, y.b)};
 }
 inline V load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
@@ -250,6 +262,9 @@ inline V zero_below(const V& a, const V& x, float limit) {
     PLIANT_EACH(x.f[i] < limit ? 0.0f : a.f[i]);
 }
 inline V abs(const V& a) { PLIANT_EACH(std::fabs(a.f[i])); }
+inline V max_bits(const V& a, const V& b) {
+    PLIANT_EACH(a.f[i] > b.f[i] || std::isnan(a.f[i]) ? a.f[i] : b.f[i]);
+}
 
 inline float half_to_float(uint16_t h) {
     const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
@@ -332,12 +347,25 @@ inline float largest(V a) {
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+inline float largest_bits(V a) {  // as max_bits
+    const auto bits = [](__m256 x) { return _mm256_castps_si256(x); };
+    const __m256i eight = _mm256_max_epi32(bits(lower(a)), bits(upper(a)));
+    const __m128i four =
+        _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    const __m128i two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(two, _mm_shuffle_epi32(two, 1))));
+}
 inline float first_lane(V a) { return _mm256_cvtss_f32(lower(a)); }
 #else
 inline float first_lane(const V& a) { return a.f[0]; }
 inline float sum(V a) {
     for (int width = kLanes / 2; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) a.f[i] += a.f[i + width];
+    return a.f[0];
+}
+inline float largest_bits(V a) {
+    for (int i = 1; i < kLanes; ++i)
+        if (a.f[i] > a.f[0] || std::isnan(a.f[i])) a.f[0] = a.f[i];
     return a.f[0];
 }
 inline float largest(V a) {
