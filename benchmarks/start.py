@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pliant.sizes import MIB
+from pliant.cli.common import table
+from pliant.sizes import MIB, format_mb
 from pliant.store import Pack
 
 PROMPT = "Why is the sky blue?"
@@ -97,14 +98,16 @@ def main() -> int:
     if options.check and len(options.check) != len(options.packs):
         parser.error("--check wants a number for each pack")
     names = ("first token", "from the floor", "python", "imports", "plies", "prompt")
-    print("| pack | weights | " + " | ".join(f"{name}, s" for name in names) + " | besides, MiB |")
-    print("|---|---:|" + "---:|" * (len(names) + 1))
+    rows = []
     slow = False
     for number, path in enumerate(options.packs):
         found = measure(path, options.turns)
-        values = [f"{found['weights'] / 1e6:.0f} MB", *(f"{found[name]:.3f}" for name in names)]
-        print(f"| {Path(path).name} | {' | '.join(values)} | {found['besides'] / MIB:.1f} |")
+        times = [f"{found[name]:.3f}" for name in names]
+        sizes = format_mb(found["weights"]), f"{found['besides'] / MIB:.1f} MiB"
+        rows.append([Path(path).name, sizes[0], *times, sizes[1]])
         slow |= bool(options.check) and found["first token"] > options.check[number]
+    print(table(("pack", "weights", *names, "besides"), rows, left=1))
+    print("\ntimes in seconds")
     return int(slow)
 
 

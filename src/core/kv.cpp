@@ -12,6 +12,10 @@ namespace pliant {
 namespace {
 constexpr int kMaxSequences = 4096;
 int pages_of(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
+// The least age of a page among its users; -1: it has none so far.
+void note_age(int& youngest, int age) {
+    youngest = youngest < 0 ? age : std::min(youngest, age);
+}
 }  // namespace
 
 KvCache::KvCache(const ModelSpec& model)
@@ -86,10 +90,8 @@ bool KvCache::fit() {
 void KvCache::settle() {
     std::vector<int> youngest(static_cast<size_t>(pages_), -1);
     for (const Sequence& s : sequences_)
-        by_age(s, s.computed, [&](int page, int age) {
-            int& least = youngest[static_cast<size_t>(page)];
-            least = least < 0 ? age : std::min(least, age);
-        });
+        by_age(s, s.computed,
+               [&](int page, int age) { note_age(youngest[static_cast<size_t>(page)], age); });
     for (int page = 0; page < pages_; ++page) {
         const int age = youngest[static_cast<size_t>(page)];
         // With a ladder only coded pages lose something: a step that is given up leaves exact ones.
@@ -118,8 +120,7 @@ KvCache::Ages KvCache::ages(const std::vector<int>& sequences,
                 count(age);
                 continue;
             }
-            int& least = youngest[static_cast<size_t>(s.pages[static_cast<size_t>(page)])];
-            least = least < 0 ? age : std::min(least, age);
+            note_age(youngest[static_cast<size_t>(s.pages[static_cast<size_t>(page)])], age);
         }
     }
     for (const int age : youngest)
@@ -309,6 +310,7 @@ int KvCache::truncate(int sequence, int length) {
 
 void KvCache::check_seen(int sequence) const {
     const Sequence& s = get(sequence);
+    if (window_ == 0) return;
     by_age(s, s.length, [&](int page, int age) {
         if (!whole(page) && age <= local_age())
             throw EngineError("sequence " + std::to_string(sequence) +

@@ -161,7 +161,6 @@ struct Room {
 };
 
 // A whole number below 2^22 as the float kMagic + n, without a conversion.
-constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23
 PLIANT_INLINE __m512 shifted(const int32_t* from) {
     return _mm512_castsi512_ps(
         _mm512_add_epi32(_mm512_load_si512(from), _mm512_castps_si512(_mm512_set1_ps(kMagic))));

@@ -101,8 +101,7 @@ inline __attribute__((always_inline)) void rotate_eight(V (&v)[8]) {
             }
 }
 
-// Whole numbers q of four channels, as floats kShift + q + 128: bytes `From` of all of them.
-constexpr float kShift = 12582912.0f;  // 1.5 · 2^23
+// Whole numbers q of four channels, as floats kMagic + q + 128: bytes `From` of all of them.
 template <int From>
 inline __attribute__((always_inline)) __m512i bytes(const __m512i (&q)[4]) {
     const auto to = [&](int i) {  // byte From to byte i
@@ -186,7 +185,7 @@ void prepare_lanes(const Preparing& p, int t, int count) {
             for (int j = 0; j < 4; ++j)
                 q[j] = _mm512_castps_si512(
                     _mm512_add_ps(_mm512_maskz_mul_ps(coded, _mm512_load_ps(x[4 * i + j]), factor),
-                                  _mm512_set1_ps(kShift + 128.0f)));
+                                  _mm512_set1_ps(kMagic + 128.0f)));
             hi[i] = bytes<1>(q);
             if (wide)
                 lo[i] = _mm512_xor_si512(bytes<0>(q), _mm512_set1_epi8(static_cast<char>(0x80)));

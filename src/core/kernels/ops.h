@@ -5,6 +5,9 @@
 
 namespace pliant {
 
+// A whole number n from -2^22 to 2^22, added to the bits of this float, gives those of kMagic + n.
+constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23
+
 // Into the second cache: the first has too few places for lines on their way.
 inline void fetch(const Ahead& ahead) {
     for (int i = 0; i < ahead.bytes; i += 64) __builtin_prefetch(ahead.from + i, 0, 1);

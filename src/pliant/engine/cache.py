@@ -138,11 +138,11 @@ class Cache(Room):
         """
         entry, tokens = self._entries[sequence], self.page_tokens
         at, until = len(entry.keys), time.monotonic() + seconds
-        self._executor.limit_kv(self._most)  # gives up what nobody needs any more
         if entry.length != at * tokens:
             return 0
         if not self._make_room({sequence: len(keys) * tokens}):
             return 0
+        self._executor.limit_kv(self._most)  # gives up what nobody needs any more
         most = self._forms(0, self.level)(0).rungs  # a page has no more when it is coded
         try:
             count = self.park.fetch(sequence, keys[at:], most, until, self._most)

@@ -55,6 +55,9 @@ class PageFolder:
         self.broken = 0
         self._origin = origin
         self._stored = stored
+        # What a page has whose file is so large.
+        forms = [Form(r, whole) for whole in (False, True) for r in range(len(stored[whole]))]
+        self._forms = {page_size(stored, form): form for form in forms}
         self._room = 0  # bytes that may be written until the next look
         self._told: set[str] = set()
         try:
@@ -135,7 +138,7 @@ class PageFolder:
         says."""
         path = self._path(key)
         try:
-            if form is not None and path.lstat().st_size not in self._sizes(form):
+            if form is not None and not self._has_all(path.lstat().st_size, form):
                 return False
             os.utime(path, ns=(used, used), follow_symlinks=False)
         except OSError:
@@ -144,12 +147,12 @@ class PageFolder:
 
     # --- inside
 
-    def _sizes(self, form: Form) -> set[int]:
-        """Sizes of files whose page has all that `form` says."""
-        most = len(self._stored[True])
-        rungs = range(form.rungs, most) if form.rungs else range(1)
-        kinds = (True,) if form.whole else (False, True)
-        return {page_size(self._stored, Form(r, whole)) for r in rungs for whole in kinds}
+    def _has_all(self, size: int, form: Form) -> bool:
+        """Whether the page in a file of so many bytes has all that `form` says."""
+        found = self._forms.get(size)
+        if found is None or (found.rungs == 0) != (form.rungs == 0):
+            return False
+        return found.rungs >= form.rungs and found.whole >= form.whole
 
     def _path(self, key: bytes) -> Path:
         return self.path / f"{self._origin.hex()}-{key.hex()}.kv{VERSION}"
