@@ -129,8 +129,7 @@ void Forward::attention(Worker& w, int l) {
         const Linear* linear;
         const OutputBuffer* out;
     } targets[] = {{&layer.q, &b_.q}, {&layer.k, &b_.k}, {&layer.v, &b_.v}};
-    const int all = supertiles(layer.q) + supertiles(layer.k) + supertiles(layer.v);
-    const int step = grain(all);
+    const Tasks rows = divide(supertiles(layer.q) + supertiles(layer.k) + supertiles(layer.v));
     block(
         w, tokens_,
         [&](int first, int count, bool keep) {
@@ -138,9 +137,9 @@ void Forward::attention(Worker& w, int l) {
             code(w, first, count, h, b_.residual[0].stride, &layer.attn_norm,
                  {&layer.q, &layer.k, &layer.v});
         },
-        (all + step - 1) / step,
+        rows.count,
         [&](int i) {
-            int first = i * step, last = std::min(first + step, all);
+            int first = rows.first(i), last = rows.last(i);
             for (const auto& [linear, out] : targets) {
                 const int count = supertiles(*linear);
                 multiply(w, *linear, std::max(first, 0), std::min(last, count), *out);
@@ -161,21 +160,20 @@ void Forward::attention(Worker& w, int l) {
               [&](int i) { code_page(l, i % m_.kv_heads, at(full_, i / m_.kv_heads)); });
     phase(w, static_cast<int>(tasks_.size()), [&](int i) { attend(w, l, at(tasks_, i)); });
 
-    const int rows = supertiles(layer.o), piece = grain(rows);
+    const Tasks out = divide(supertiles(layer.o));
     block(
         w, tokens_,
         [&](int first, int count, bool) {
             if (alone_) mean_of_parts(l, w.in.row(0));
             code(w, first, count, w.in.row(first), w.in.stride, nullptr, {&layer.o});
         },
-        (rows + piece - 1) / piece,
-        [&](int i) { multiply(w, layer.o, i * piece, std::min((i + 1) * piece, rows), b_.out); });
+        out.count, [&](int i) { multiply(w, layer.o, out.first(i), out.last(i), b_.out); });
 }
 
 void Forward::feed_forward(Worker& w, int l) {
     const Layer& layer = at(e_.layers_, l);
     // A task has as many rows of both matrices; with few tokens, larger tasks are faster.
-    const int wide = supertiles(layer.gate), step = grain(tokens_ < kManyTokens ? 2 * wide : wide);
+    const Tasks wide = divide(supertiles(layer.gate), 1);
     block(
         w, tokens_,
         [&](int first, int count, bool keep) {
@@ -183,9 +181,9 @@ void Forward::feed_forward(Worker& w, int l) {
             code(w, first, count, h, b_.residual[0].stride, &layer.ffn_norm,
                  {&layer.gate, &layer.up});
         },
-        (wide + step - 1) / step,
+        wide.count,
         [&](int i) {
-            const int first = i * step, last = std::min(first + step, wide);
+            const int first = wide.first(i), last = wide.last(i);
             multiply(w, layer.gate, first, last, b_.gate);
             multiply(w, layer.up, first, last, b_.up);
             const int row = first * kSupertile, count = std::min(last * kSupertile, m_.ffn) - row;
@@ -195,16 +193,13 @@ void Forward::feed_forward(Worker& w, int l) {
         });
     if (alone_) w.residual ^= 1;
 
-    const int rows = supertiles(layer.down), piece = grain(rows);
+    const Tasks out = divide(supertiles(layer.down));
     block(
         w, tokens_,
         [&](int first, int count, bool) {
             code(w, first, count, b_.gate.row(first), b_.gate.stride, nullptr, {&layer.down});
         },
-        (rows + piece - 1) / piece,
-        [&](int i) {
-            multiply(w, layer.down, i * piece, std::min((i + 1) * piece, rows), b_.out);
-        });
+        out.count, [&](int i) { multiply(w, layer.down, out.first(i), out.last(i), b_.out); });
 }
 
 // The last norm, and logits of the tokens for which they are wanted: these are gathered to the
@@ -360,11 +355,11 @@ void Forward::multiply(const Worker& w, const Linear& linear, int first, int las
     multiply(w, linear, tokens_, first, last, out.row(0) + first * kSupertile, out.stride);
 }
 
-// Supertiles of a task: a few tasks for each thread, so that one that is late is not waited for.
-// With many tokens a task takes long, and more of them leave less to wait for at the end.
-int Forward::grain(int supertiles) const {
-    const int tasks = (tokens_ < kManyTokens ? 2 : 8) * threads_;
-    return std::max(1, supertiles / tasks);
+// With few tokens `most` tasks for each thread, so that one that is late is not waited for. With
+// many a task takes long, and more of them leave less to wait for at the end.
+Forward::Tasks Forward::divide(int supertiles, int most) const {
+    const int count = (tokens_ < kManyTokens ? most : 8) * threads_;
+    return {supertiles, std::min(count, supertiles)};
 }
 
 // Supertiles of the head, [wanted][vocab] in the order in which they are stored.

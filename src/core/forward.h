@@ -5,6 +5,7 @@
 // nothing but its own sequence.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "buffers.h"
@@ -51,6 +52,15 @@ class Forward {
         int part;  // or -1: all
     };
 
+    // Rows of matrices, in supertiles, in tasks of nearly one size, larger ones first.
+    struct Tasks {
+        int supertiles, count;
+        int first(int task) const {
+            return task * (supertiles / count) + std::min(task, supertiles % count);
+        }
+        int last(int task) const { return first(task + 1); }
+    };
+
     // Whose pages are looked at, and by which queries.
     struct Pages {
         int layer, kv_head, sequence, token, queries;
@@ -90,7 +100,7 @@ class Forward {
                   size_t stride);
     void multiply(const Worker& w, const Linear& linear, int first, int last,
                   const OutputBuffer& out);
-    int grain(int supertiles) const;
+    Tasks divide(int supertiles, int most = 2) const;
     void append(int l, int first, int count, int kv_head);
     void load_query(int l, int t, int head, float* to) const;
     void load_queries(Worker& w, int l, const AttentionTask& task);

@@ -13,9 +13,7 @@ namespace {
 constexpr int kMaxSequences = 4096;
 int pages_of(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
 // The least age of a page among its users; -1: it has none so far.
-void note_age(int& youngest, int age) {
-    youngest = youngest < 0 ? age : std::min(youngest, age);
-}
+void note_age(int& youngest, int age) { youngest = youngest < 0 ? age : std::min(youngest, age); }
 }  // namespace
 
 KvCache::KvCache(const ModelSpec& model)

@@ -5,6 +5,7 @@
 // The instructions are written out, since those of GCC 12 do not say which memory they read.
 #include "ops.h"
 #include "plies_avx512.h"
+#include "scout.h"
 
 namespace pliant::amx {
 

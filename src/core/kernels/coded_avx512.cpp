@@ -6,6 +6,7 @@
 
 #include "ops.h"
 #include "plies_avx512.h"
+#include "scout.h"
 
 namespace pliant::avx512 {
 
@@ -73,6 +74,7 @@ struct Strip {
     const CodedProduct& p;
     int first, last;
     float* sums;
+    Scout& scout;
 };
 
 // Adds the products of T tokens from `token` on with a run: plies go from memory through registers
@@ -93,25 +95,13 @@ void multiply(const Strip& strip, const Run& run, int token) {
         const int32_t *const sum_hi = p.x->sum_hi + begin, *const sum_lo = p.x->sum_lo + begin;
         alignas(64) float factors[16];
         factors_of(p, g, N, token, T, factors);
-        const bool more = g + 1 < end;
         const uint8_t* const codes = block.codes[static_cast<size_t>(g)];
-        const uint8_t* const following_codes = block.codes[static_cast<size_t>(more ? g + 1 : g)];
-        const uint8_t *planes[N], *following[N];
-        for (int i = 0; i < N; ++i) {
-            const size_t at = static_cast<size_t>(g * kMaxDepth + i);
-            planes[i] = block.planes[at] + above;
-            following[i] = more ? block.planes[at + kMaxDepth] + above : nullptr;
-        }
+        const uint8_t* planes[N];
+        for (int i = 0; i < N; ++i)
+            planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] + above;
         float* sums = strip.sums + token * kSupertile;
         for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
-            // The rows after the last are another thread's; this one goes on with the next group.
-            if (const int beyond = s + kAhead - strip.last; beyond < 0) {
-                fetch<N>(planes, kAhead);
-                fetch(codes + (s + kAhead) * 16);
-            } else if (more && strip.first + beyond < strip.last) {
-                fetch<N>(following, beyond);
-                fetch(following_codes + (strip.first + beyond) * 16);
-            }
+            if (token == 0) strip.scout.go(N);
             __m512 step[2];
             row_steps(codes, static_cast<size_t>(s), steps, step);
             repeat<2 / kTiles>([&]<int half>() PLIANT_LAMBDA {
@@ -201,7 +191,7 @@ void many_tokens(const Strip& strip, const Run& run) {
                         static_cast<size_t>(strip.first) * 256;
         float* sums = strip.sums;
         for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
-            fetch<N>(planes, kAhead);
+            strip.scout.go(N);
             decode<N>(planes, hi, lo, decoded.high, decoded.low);
             row_steps(block.codes[static_cast<size_t>(g)], static_cast<size_t>(s), steps,
                       decoded.step);
@@ -312,13 +302,15 @@ void coded_product(const CodedProduct& p) {
     const int size = std::max(1, kMaxTokens / p.tokens), stride = p.tokens * kSupertile;
     fetch_pointers(*p.block);
     for (int first = p.first; first < p.last; first += size) {
-        const Strip strip{p, first, std::min(first + size, p.last), sums};
-        std::fill_n(sums, (strip.last - first) * stride, 0.0f);
+        const int last = std::min(first + size, p.last);
+        Scout scout(*p.block, first, last);
+        const Strip strip{p, first, last, sums, scout};
+        std::fill_n(sums, (last - first) * stride, 0.0f);
         for (const Run& run : p.block->runs)
             with_depth(run.depth, [&]<int N>() {
                 p.tokens <= kFew ? few_tokens<N>(strip, run) : many_tokens<N>(strip, run);
             });
-        for (int s = first; s < strip.last; ++s) scale_rows(p, s, sums + (s - first) * stride);
+        for (int s = first; s < last; ++s) scale_rows(p, s, sums + (s - first) * stride);
     }
 }
 

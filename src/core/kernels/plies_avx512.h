@@ -106,26 +106,7 @@ struct Bits {
     }
 };
 
-constexpr int kAhead = 3;  // supertiles that are fetched before they are needed
-
 PLIANT_INLINE void fetch(const void* line) { _mm_prefetch(line, _MM_HINT_T0); }
-
-// What will be read of the plies that many supertiles later.
-template <int N>
-PLIANT_INLINE void fetch(const uint8_t* const* planes, int later) {
-    repeat<N>([&]<int i>() PLIANT_LAMBDA {
-        for (int line = 0; line < 4; ++line) fetch(planes[i] + 256 * later + 64 * line);
-    });
-}
-
-// The pointers to plies and codes: since they were used last, all the other plies have gone through
-// the caches.
-inline void fetch_pointers(const CodedBlock& block) {
-    for (int g = 0; g < block.groups; ++g) {
-        fetch(&block.planes[static_cast<size_t>(g * kMaxDepth)]);
-        if (g % 8 == 0) fetch(&block.codes[static_cast<size_t>(g)]);
-    }
-}
 
 // A table of 64 or 256 levels in registers; each is given as a byte, xor `flip`: with 0x80 they are
 // unsigned, level + 128.
