@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import random
 import subprocess
 import sys
@@ -55,6 +56,32 @@ def test_the_machine_says_what_is_available(tmp_path: Path) -> None:
     assert (seen.some, seen.full, seen.own_stalls) == (12.5, 3.25, False)
 
 
+ZONE = """Node 0, zone   {}
+  pages free     5546
+        low      27
+  pagesets
+    cpu: 0
+              count:    {}
+              high:     9
+              high_min: 9
+    cpu: 1
+              count:    {}
+              batch:    63
+  node_unreclaimable:  0
+"""
+
+
+def test_pages_in_the_lists_of_processors_are_available_too(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        {
+            "proc/meminfo": "MemTotal: 8192 kB\nMemAvailable:   4096 kB\n",
+            "proc/zoneinfo": ZONE.format("DMA32", 0, 3) + ZONE.format("Normal", 200, 40),
+        },
+    )
+    assert Sources(root).read().available == 4 * MIB + 243 * os.sysconf("SC_PAGE_SIZE")
+
+
 def test_every_group_above_limits_and_its_clean_cache_does_not_count(tmp_path: Path) -> None:
     root = write(
         tmp_path,
@@ -99,7 +126,13 @@ def test_cgroup_version_1(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "nonsense", "some avg10=x\n\nfull", "some\xff avg10=3", "²"])
 def test_files_of_any_content_do_no_harm(tmp_path: Path, text: str) -> None:
-    names = ("proc/meminfo", "proc/self/cgroup", "proc/pressure/memory", "proc/self/status")
+    names = (
+        "proc/meminfo",
+        "proc/zoneinfo",
+        "proc/self/cgroup",
+        "proc/pressure/memory",
+        "proc/self/status",
+    )
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(text.encode("utf-8", "replace"))

@@ -49,28 +49,45 @@ uint32_t by_tables(uint32_t crc, const uint8_t* data, size_t bytes) {
 
 #if defined(__x86_64__)
 
-constexpr size_t kFold = 64;
+// x^power modulo the polynomial, its bits reflected as the instruction wants them.
+constexpr long long key(int power) {
+    uint32_t value = 0x80000000u;
+    for (int i = 0; i < power; ++i) value = (value >> 1) ^ ((value & 1) ? 0xEDB88320u : 0u);
+    return static_cast<long long>(value) << 1;
+}
 
-#define PLIANT_CLMUL __attribute__((target("pclmul,sse4.1")))
+constexpr size_t kFold = 64, kWideFold = 256;
+
+// The attributes of functions that use carry-less multiplication of 16 and of 32 bytes.
+#define PLIANT_FOLDS __attribute__((target("pclmul,sse4.1")))
+#define PLIANT_WIDE_FOLDS __attribute__((target("vpclmulqdq,avx2,pclmul,sse4.1")))
 
 // `value` moved on by as many bits as `key` stands for, and `next` added. Both are polynomials over
 // the field of two elements, modulo that of the checksum.
-PLIANT_CLMUL inline __m128i fold(__m128i value, __m128i key, __m128i next) {
+PLIANT_FOLDS inline __m128i fold(__m128i value, __m128i key, __m128i next) {
     const __m128i low = _mm_clmulepi64_si128(value, key, 0x00);
     const __m128i high = _mm_clmulepi64_si128(value, key, 0x11);
     return _mm_xor_si128(_mm_xor_si128(low, high), next);
 }
+PLIANT_WIDE_FOLDS inline __m256i fold(__m256i value, __m256i key, __m256i next) {
+    const __m256i low = _mm256_clmulepi64_epi128(value, key, 0x00);
+    const __m256i high = _mm256_clmulepi64_epi128(value, key, 0x11);
+    return _mm256_xor_si256(_mm256_xor_si256(low, high), next);
+}
 
-PLIANT_CLMUL inline __m128i load(const uint8_t* data) {
+PLIANT_FOLDS inline __m128i load(const uint8_t* data) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(data));
+}
+PLIANT_WIDE_FOLDS inline __m256i load_wide(const uint8_t* data) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
 }
 
 // The same for at least kFold bytes, with carry-less multiplication: sixteen bytes stay, which have
 // the checksum of all (Gopal and others, "Fast CRC Computation for Generic Polynomials Using
-// PCLMULQDQ", 2009; the keys are x^544, x^480, x^160 and x^96 there).
-PLIANT_CLMUL uint32_t by_folding(uint32_t crc, const uint8_t* data, size_t bytes) {
-    const __m128i far = _mm_set_epi64x(0x1c6e41596, 0x154442bd4);
-    const __m128i near = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
+// PCLMULQDQ", 2009).
+PLIANT_FOLDS uint32_t by_folding(uint32_t crc, const uint8_t* data, size_t bytes) {
+    const __m128i far = _mm_set_epi64x(key(512 - 32), key(512 + 32));
+    const __m128i near = _mm_set_epi64x(key(128 - 32), key(128 + 32));
     __m128i sum[4];
     for (int i = 0; i < 4; ++i) sum[i] = load(data + 16 * i);
     sum[0] = _mm_xor_si128(sum[0], _mm_cvtsi32_si128(static_cast<int>(crc)));
@@ -82,7 +99,27 @@ PLIANT_CLMUL uint32_t by_folding(uint32_t crc, const uint8_t* data, size_t bytes
     return by_tables(by_tables(0, rest, sizeof rest), data, bytes);
 }
 
+// The same for at least kWideFold bytes: as many stay, for which narrow folds are enough.
+PLIANT_WIDE_FOLDS uint32_t by_wide_folding(uint32_t crc, const uint8_t* data, size_t bytes) {
+    const __m256i far = _mm256_broadcastsi128_si256(_mm_set_epi64x(key(2048 - 32), key(2048 + 32)));
+    __m256i sum[8];
+    for (int i = 0; i < 8; ++i) sum[i] = load_wide(data + 32 * i);
+    sum[0] =
+        _mm256_xor_si256(sum[0], _mm256_zextsi128_si256(_mm_cvtsi32_si128(static_cast<int>(crc))));
+    for (data += kWideFold, bytes -= kWideFold; bytes >= kWideFold;
+         data += kWideFold, bytes -= kWideFold)
+        for (int i = 0; i < 8; ++i) sum[i] = fold(sum[i], far, load_wide(data + 32 * i));
+    uint8_t rest[kWideFold];
+    for (int i = 0; i < 8; ++i)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(rest + 32 * i), sum[i]);
+    crc = by_folding(0, rest, sizeof rest);
+    return bytes >= kFold ? by_folding(crc, data, bytes) : by_tables(crc, data, bytes);
+}
+
 bool can_fold() { return __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1"); }
+bool can_fold_wide() {
+    return can_fold() && __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("avx2");
+}
 
 #endif
 
@@ -90,7 +127,8 @@ bool can_fold() { return __builtin_cpu_supports("pclmul") && __builtin_cpu_suppo
 
 uint32_t crc32(const uint8_t* data, size_t bytes, uint32_t before) {
 #if defined(__x86_64__)
-    static const bool folding = can_fold();
+    static const bool wide = can_fold_wide(), folding = can_fold();
+    if (wide && bytes >= kWideFold) return ~by_wide_folding(~before, data, bytes);
     if (folding && bytes >= kFold) return ~by_folding(~before, data, bytes);
 #endif
     return ~by_tables(~before, data, bytes);

@@ -1,7 +1,8 @@
 """Signs of memory pressure, as the kernel gives them in files.
 
-What is available is the least of what the machine has (MemAvailable) and what each control group
-leaves (limit less usage, where clean cache does not count as used). PSI, the pressure stall
+What is available is the least of what the machine has (MemAvailable, and what lies in the lists of
+its processors) and what each control group leaves (limit less usage, where clean cache does not
+count as used). PSI, the pressure stall
 information, is taken from the own group; that of the whole machine also rises for others who fill
 their own containers, so it is marked as such (docs/memory.md). Sources: proc_meminfo(5), and the
 documents of Linux on cgroup v1, cgroup v2 and PSI.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,9 @@ NO_LIMIT = 2**62
 
 _USAGE_FILES = {1: "memory.usage_in_bytes", 2: "memory.current"}
 _CACHE_FIELDS = {1: "total_inactive_file", 2: "inactive_file"}
+
+# Pages in the list of one processor, as zoneinfo counts them.
+_LISTED = re.compile(rb"\n +count: +(\d{1,15})\n")
 
 # Told when somebody waited for memory for so many microseconds of a window: the first if allowed,
 # else the one that needs no privilege. The kernel overwrites the last byte.
@@ -80,7 +85,7 @@ class Sources:
     def read(self) -> Signals:
         """Look at everything now. What cannot be read does not limit."""
         memory = read_fields(self._root / "proc/meminfo")
-        available = memory.get("MemAvailable", NO_LIMIT // 1024) * 1024
+        available = memory.get("MemAvailable", NO_LIMIT // 1024) * 1024 + self._listed()
         bound = "machine"
         for group in self._groups:
             limits = [read_number(group.path / n, NO_LIMIT) for n in LIMIT_FILES[group.version]]
@@ -102,6 +107,18 @@ class Sources:
             full=full,
             own_stalls=self.stall_file is not None and self.stall_file[1],
         )
+
+    def _listed(self) -> int:
+        """Bytes of free memory that MemAvailable does not count.
+
+        What is given back goes to a list of the processor at first; since Linux 6.7 that may be
+        hundreds of MiB for some seconds. Whoever needs memory gets it from there.
+        """
+        try:
+            zones = (self._root / "proc/zoneinfo").read_bytes()
+        except OSError:
+            return 0
+        return sum(map(int, _LISTED.findall(zones))) * os.sysconf("SC_PAGE_SIZE")
 
     def _stalls(self) -> tuple[float, float]:
         if self.stall_file is None:
