@@ -5,8 +5,10 @@
 #include "../error.h"
 #include "ops.h"
 
-#if defined(PLIANT_AMX)
+#if defined(PLIANT_AMX) || defined(PLIANT_AVX_VNNI)
 #include <cpuid.h>
+#endif
+#if defined(PLIANT_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -37,6 +39,14 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(PLIANT_AVX_VNNI)
+bool has_avx_vnni() {
+    constexpr unsigned kAvxVnni = 1u << 4;
+    unsigned a, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni) != 0;
+}
+#endif
+
 #if defined(PLIANT_AMX)
 // The processor has tiles of int8, and the kernel lets this process use their registers.
 bool has_amx() {
@@ -64,6 +74,15 @@ const Kernels* avx2_kernels() {
 #endif
 }
 
+const Kernels* avx_vnni_kernels() {
+#if defined(PLIANT_AVX_VNNI)
+    static const Kernels kernels = make("avxvnni", avx2::fill_ops, avxvnni::coded_product);
+    return has_avx_vnni() ? &kernels : nullptr;
+#else
+    return nullptr;
+#endif
+}
+
 const Kernels* avx512_kernels() {
 #if defined(__x86_64__)
     static const Kernels kernels = make("avx512", avx512::fill_ops, avx512::coded_product);
@@ -84,8 +103,8 @@ const Kernels* amx_kernels() {
 }
 
 // Best first; null where this machine cannot.
-static std::array<const Kernels*, 4> all_kernels() {
-    return {amx_kernels(), avx512_kernels(), avx2_kernels(), &plain_kernels()};
+static std::array<const Kernels*, 5> all_kernels() {
+    return {amx_kernels(), avx512_kernels(), avx_vnni_kernels(), avx2_kernels(), &plain_kernels()};
 }
 
 std::vector<std::string> usable_isas() {

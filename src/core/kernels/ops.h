@@ -35,6 +35,10 @@ void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
 }  // namespace avx2
 
+namespace avxvnni {
+void coded_product(const CodedProduct& product);
+}
+
 namespace avx512 {
 void fill_ops(Kernels& kernels);
 void fill_inputs(Kernels& kernels);

@@ -1,0 +1,294 @@
+// Products with coded matrices in vectors of 32 bytes, in terms of a way to multiply bytes
+// (plies_avx2.h). They go as those for AVX-512 do.
+#pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "plies_avx2.h"
+#include "scout.h"
+
+namespace pliant::avx2 {
+
+constexpr int kPart = 8;  // rows of a vector of sums
+
+// The steps of the rows of a part.
+PLIANT_INLINE __m256 row_steps(const uint8_t* codes, int part, __m256 low, __m256 high) {
+    __m256i code = _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + part % 2 * kPart)));
+    if (part >= 2) code = _mm256_srli_epi32(code, 4);
+    const __m256 above = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // bit 3 to the sign
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),
+                            _mm256_permutevar8x32_ps(high, code), above);
+}
+
+// The sums of T tokens and one or two parts. Members of nested structs become registers; elements
+// of arrays that live through a loop stay in memory.
+template <typename Dot, bool Wide, int Parts, int T>
+struct Sums {
+    __m256i top0, top1, middle0, middle1;
+    Sums<Dot, Wide, Parts, T - 1> rest;
+
+    PLIANT_INLINE void start(const int32_t* sum_hi, const int32_t* sum_lo) {
+        top0 = top1 = Dot::start(*sum_hi);
+        if constexpr (Wide) middle0 = middle1 = Dot::start(*sum_lo + *sum_hi);
+        rest.start(sum_hi + 1, sum_lo + 1);
+    }
+    PLIANT_INLINE void add(const int8_t* xh, const int8_t* xl, const __m256i* w, const __m256i* l) {
+        const __m256i x = broadcast(xh);
+        Dot::add(top0, w[0], x);
+        if constexpr (Parts > 1) Dot::add(top1, w[1], x);
+        if constexpr (Wide) {
+            const __m256i y = broadcast(xl);
+            Dot::add(middle0, w[0], y);
+            if constexpr (Parts > 1) Dot::add(middle1, w[1], y);
+            Dot::add(middle0, l[0], x);
+            if constexpr (Parts > 1) Dot::add(middle1, l[1], x);
+        }
+        rest.add(xh + kGroup, Wide ? xl + kGroup : nullptr, w, l);
+    }
+    PLIANT_INLINE void finish(const float* factors, const __m256* step, float* sums) const {
+        const __m256 factor = _mm256_set1_ps(*factors);
+        finish(top0, middle0, factor, step[0], sums);
+        if constexpr (Parts > 1) finish(top1, middle1, factor, step[1], sums + kPart);
+        rest.finish(factors + 1, step, sums + kSupertile);
+    }
+
+  private:
+    static PLIANT_INLINE void finish(__m256i top, __m256i middle, __m256 factor, __m256 step,
+                                     float* sums) {
+        __m256 value = _mm256_cvtepi32_ps(top);
+        if constexpr (Wide)
+            value =
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(middle), _mm256_set1_ps(1.0f / 256.0f), value);
+        _mm256_store_ps(sums,
+                        _mm256_fmadd_ps(_mm256_mul_ps(value, step), factor, _mm256_load_ps(sums)));
+    }
+};
+template <typename Dot, bool Wide, int Parts>
+struct Sums<Dot, Wide, Parts, 0> {
+    PLIANT_INLINE void start(const int32_t*, const int32_t*) {}
+    PLIANT_INLINE void add(const int8_t*, const int8_t*, const __m256i*, const __m256i*) {}
+    PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
+};
+
+// Supertiles whose sums, [supertiles][tokens][32], are made together.
+struct Strip {
+    const CodedProduct& p;
+    int first, last;
+    float* sums;
+    Scout& scout;
+};
+
+PLIANT_INLINE void factors_of(const CodedProduct& p, int g, int depth, int first, int tokens,
+                              float* out) {
+    const float* scale = p.x->scale + p.x->at(g, first);
+    const float group = p.block->group_scale[g], level = p.levels->scale[depth];
+    for (int t = 0; t < tokens; ++t) out[t] = (scale[t] * group) * level;
+}
+
+template <int N>
+PLIANT_INLINE void planes_of(const CodedBlock& block, int g, int supertile,
+                             const uint8_t** planes) {
+    for (int i = 0; i < N; ++i)
+        planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] +
+                    static_cast<size_t>(supertile) * 256;
+}
+
+// Where the bytes of a part are in a ply of a supertile, for columns 32 h … 32 h + 31.
+constexpr size_t place(int part, int h) {
+    return static_cast<size_t>(128 * (part / 2) + 64 * h + 32 * (part % 2));
+}
+
+// Adds the products of T tokens from `token` on with a run: plies go from memory through registers
+// straight into the sums. Group after group, so that every ply is read as one stream.
+template <typename Dot, int N, int T>
+void multiply(const Strip& strip, const Run& run, int token) {
+    constexpr bool kWide = N >= kWideDepth;
+    const CodedProduct& p = strip.p;
+    const CodedBlock& block = *p.block;
+    const __m256 low = _mm256_load_ps(p.levels->steps), high = _mm256_load_ps(p.levels->steps + 8);
+    const Table<N> hi(p.levels->hi[N], Dot::kFlip), lo(p.levels->lo[N], Dot::kFlip);
+    for (int g = run.first, end = g + run.count; g < end; ++g) {
+        const size_t begin = p.x->at(g, token);
+        const int8_t* const xh = p.x->hi + begin * kGroup;
+        const int8_t* const xl = p.x->lo + begin * kGroup;
+        float factors[T];
+        factors_of(p, g, N, token, T, factors);
+        const uint8_t* codes =
+            block.codes[static_cast<size_t>(g)] + static_cast<size_t>(strip.first) * 16;
+        const uint8_t* planes[N];
+        planes_of<N>(block, g, strip.first, planes);
+        float* sums = strip.sums + token * kSupertile;
+        for (int s = strip.first; s < strip.last; ++s) {
+            if (token == 0) strip.scout.go(N);
+            for (int part = 0; part < 4; ++part) {
+                Sums<Dot, kWide, 1, T> sum;
+                sum.start(p.x->sum_hi + begin, p.x->sum_lo + begin);
+                repeat<2>([&]<int h>() PLIANT_LAMBDA {
+                    const Bits<N> bits(planes, place(part, h));
+                    repeat<8>([&]<int j>() PLIANT_LAMBDA {
+                        constexpr int kX = 32 * h + 4 * j;
+                        const __m256i w = hi.template look_up<j>(bits);
+                        if constexpr (kWide) {
+                            const __m256i l = lo.template look_up<j>(bits);
+                            sum.add(xh + kX, xl + kX, &w, &l);
+                        } else {
+                            sum.add(xh + kX, nullptr, &w, nullptr);
+                        }
+                    });
+                });
+                const __m256 step = row_steps(codes, part, low, high);
+                sum.finish(factors, &step, sums + kPart * part);
+            }
+            repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
+            codes += 16;
+            sums += p.tokens * kSupertile;
+        }
+    }
+}
+
+constexpr int kFew = 4;  // tokens for which plies are not decoded to memory first
+
+template <typename Dot, int N>
+void few_tokens(const Strip& strip, const Run& run) {
+    constexpr int kBlock = N < kWideDepth ? kFew : kFew / 2;
+    using Block = void (*)(const Strip&, const Run&, int);
+    static constexpr auto kBlocks = []<int... T>(std::integer_sequence<int, T...>) {
+        return std::array<Block, kBlock>{multiply<Dot, N, T + 1>...};
+    }(std::make_integer_sequence<int, kBlock>{});
+    const int tokens = strip.p.tokens;
+    for (int token = 0; token < tokens; token += kBlock)
+        kBlocks[static_cast<size_t>(std::min(kBlock, tokens - token) - 1)](strip, run, token);
+}
+
+// A decoded group of a supertile: [16 quads of columns][4 parts][8 rows][4 columns].
+struct Decoded {
+    alignas(64) uint8_t high[kSupertile * kGroup], low[kSupertile * kGroup];
+    float factors[kMaxTokens];
+    __m256 step[4];
+};
+
+template <typename Dot, int N>
+PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi, const Table<N>& lo,
+                          Decoded& group) {
+    for (int part = 0; part < 4; ++part)
+        for (int h = 0; h < 2; ++h) {
+            const Bits<N> bits(planes, place(part, h));
+            repeat<8>([&]<int j>() PLIANT_LAMBDA {
+                const int at = (8 * h + j) * 128 + 32 * part;
+                _mm256_store_si256(reinterpret_cast<__m256i*>(group.high + at),
+                                   hi.template look_up<j>(bits));
+                if constexpr (N >= kWideDepth)
+                    _mm256_store_si256(reinterpret_cast<__m256i*>(group.low + at),
+                                       lo.template look_up<j>(bits));
+            });
+        }
+}
+
+// Adds the products of T tokens from `token` on with it to sums[token][32].
+template <typename Dot, int N, int T>
+void multiply(const Prepared& x, int g, int token, const Decoded& group, float* sums) {
+    constexpr bool kWide = N >= kWideDepth;
+    const size_t begin = x.at(g, token);
+    for (int half = 0; half < 2; ++half) {
+        const int8_t* xh = x.hi + begin * kGroup;
+        const int8_t* xl = x.lo + begin * kGroup;
+        Sums<Dot, kWide, 2, T> sum;
+        sum.start(x.sum_hi + begin, x.sum_lo + begin);
+        for (int at = 64 * half; at < kSupertile * kGroup; at += 128, xh += 4, xl += 4) {
+            const __m256i w[] = {load(group.high + at), load(group.high + at + 32)};
+            if constexpr (kWide) {
+                const __m256i l[] = {load(group.low + at), load(group.low + at + 32)};
+                sum.add(xh, xl, w, l);
+            } else {
+                sum.add(xh, nullptr, w, nullptr);
+            }
+        }
+        sum.finish(group.factors + token, group.step + 2 * half,
+                   sums + token * kSupertile + 2 * kPart * half);
+    }
+}
+
+// Many tokens: as many at a time as there are registers for their sums.
+template <typename Dot, int N>
+void many_tokens(const Strip& strip, const Run& run) {
+    constexpr int kBlock = N < kWideDepth ? Dot::kTokens : Dot::kTokens / 2;
+    const CodedProduct& p = strip.p;
+    const CodedBlock& block = *p.block;
+    const __m256 low = _mm256_load_ps(p.levels->steps), high = _mm256_load_ps(p.levels->steps + 8);
+    const Table<N> hi(p.levels->hi[N], Dot::kFlip), lo(p.levels->lo[N], Dot::kFlip);
+    Decoded group;
+    for (int g = run.first; g < run.first + run.count; ++g) {
+        factors_of(p, g, N, 0, p.tokens, group.factors);
+        const uint8_t* planes[N];
+        planes_of<N>(block, g, strip.first, planes);
+        float* sums = strip.sums;
+        for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
+            strip.scout.go(N);
+            decode<Dot, N>(planes, hi, lo, group);
+            const uint8_t* codes =
+                block.codes[static_cast<size_t>(g)] + static_cast<size_t>(s) * 16;
+            for (int part = 0; part < 4; ++part)
+                group.step[part] = row_steps(codes, part, low, high);
+            int t = 0;
+            for (; t + kBlock <= p.tokens; t += kBlock)
+                multiply<Dot, N, kBlock>(*p.x, g, t, group, sums);
+            repeat<kBlock - 1>([&]<int i>() PLIANT_LAMBDA {
+                if (p.tokens - t == i + 1) multiply<Dot, N, i + 1>(*p.x, g, t, group, sums);
+            });
+            repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
+        }
+    }
+}
+
+template <typename F>
+PLIANT_INLINE void with_depth(int depth, F&& f) {
+    switch (depth) {
+        case 1:
+            return f.template operator()<1>();
+        case 2:
+            return f.template operator()<2>();
+        case 3:
+            return f.template operator()<3>();
+        case 4:
+            return f.template operator()<4>();
+        case 5:
+            return f.template operator()<5>();
+        case 6:
+            return f.template operator()<6>();
+        case 7:
+            return f.template operator()<7>();
+        case 8:
+            return f.template operator()<8>();
+        default:
+            return;
+    }
+}
+
+// A strip of supertiles, as many as their sums have room for, goes through the groups together.
+template <typename Dot>
+void multiply_strips(const CodedProduct& p) {
+    float* sums = reinterpret_cast<float*>(p.scratch);
+    const int size = std::max(1, kMaxTokens / p.tokens);
+    fetch_pointers(*p.block);
+    for (int first = p.first; first < p.last; first += size) {
+        const int last = std::min(first + size, p.last);
+        Scout scout(*p.block, first, last);
+        const Strip strip{p, first, last, sums, scout};
+        std::fill_n(sums, (last - first) * p.tokens * kSupertile, 0.0f);
+        for (const Run& run : p.block->runs)
+            with_depth(run.depth, [&]<int N>() {
+                p.tokens <= kFew ? few_tokens<Dot, N>(strip, run) : many_tokens<Dot, N>(strip, run);
+            });
+        const float* sum = sums;
+        for (int s = first; s < last; ++s)
+            for (int t = 0; t < p.tokens; ++t, sum += kSupertile) {
+                const float* scale = p.block->row_scale + s * kSupertile;
+                float* out = p.out + static_cast<size_t>(t) * p.stride + (s - p.first) * kSupertile;
+                for (int r = 0; r < kSupertile; ++r) out[r] = sum[r] * scale[r];
+            }
+    }
+}
+
+}  // namespace pliant::avx2

@@ -1,0 +1,164 @@
+// From plies to levels with AVX2, and products of them; for the kernels that go on with them.
+//
+// Bits are brought together with shifts and masks and looked up with byte shuffles, 16 levels at a
+// time; lanes are rows.
+#pragma once
+
+#include <immintrin.h>
+
+#include <utility>
+
+#include "kernels.h"
+
+namespace pliant::avx2 {
+
+#define PLIANT_INLINE inline __attribute__((always_inline))
+#define PLIANT_LAMBDA __attribute__((always_inline))
+
+// Calls f<0>() … f<N - 1>(). With constant indices arrays of vectors become registers.
+template <int N, typename F>
+PLIANT_INLINE void repeat(F&& f) {
+    [&]<int... I>(std::integer_sequence<int, I...>)
+        PLIANT_LAMBDA { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, N>{});
+}
+
+PLIANT_INLINE __m256i bytes(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
+PLIANT_INLINE __m256i select(__m256i mask, __m256i a, __m256i b) {
+    return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
+}
+template <int S>
+PLIANT_INLINE __m256i left(__m256i a) {  // by S bits inside bytes, garbage in the bits that come in
+    if constexpr (S == 0)
+        return a;
+    else if constexpr (S > 0)
+        return _mm256_slli_epi16(a, S);
+    else
+        return _mm256_srli_epi16(a, -S);
+}
+PLIANT_INLINE __m256i load(const void* from) {
+    return _mm256_load_si256(static_cast<const __m256i*>(from));
+}
+PLIANT_INLINE __m256i broadcast(const int8_t* x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    return _mm256_set1_epi32(four);
+}
+
+// Brings the bits of one to four plies together: the low nibbles of out[j] are from bit j of the
+// bytes, the high ones from bit j + 4, ply 1 on top; bits of plies that are not there are garbage.
+template <int Count>
+PLIANT_INLINE void nibbles(const __m256i* v, __m256i* out) {
+    const __m256i odd_bits = bytes(0xAA), pair_bits = bytes(0xCC);
+    __m256i even, odd;
+    if constexpr (Count == 1) {
+        even = left<1>(v[0]);
+        odd = v[0];
+    } else {
+        even = select(odd_bits, left<1>(v[0]), v[1]);
+        odd = select(odd_bits, v[0], left<-1>(v[1]));
+    }
+    if constexpr (Count <= 2) {
+        out[0] = left<2>(even);
+        out[2] = even;
+        out[1] = left<2>(odd);
+        out[3] = odd;
+    } else {
+        __m256i even2, odd2;
+        if constexpr (Count == 3) {
+            even2 = left<1>(v[2]);
+            odd2 = v[2];
+        } else {
+            even2 = select(odd_bits, left<1>(v[2]), v[3]);
+            odd2 = select(odd_bits, v[2], left<-1>(v[3]));
+        }
+        out[0] = select(pair_bits, left<2>(even), even2);
+        out[2] = select(pair_bits, even, left<-2>(even2));
+        out[1] = select(pair_bits, left<2>(odd), odd2);
+        out[3] = select(pair_bits, odd, left<-2>(odd2));
+    }
+}
+
+// The collected bits (see LevelTables) of 8 rows × 32 columns; j has columns 4 j … 4 j + 3.
+template <int N>
+struct Bits {
+    __m256i low[4], high[N <= 4 ? 1 : 4];
+
+    PLIANT_INLINE Bits(const uint8_t* const* planes, size_t at) {
+        __m256i v[N];
+        for (int i = 0; i < N; ++i) v[i] = load(planes[i] + at);
+        nibbles<(N < 4 ? N : 4)>(v, low);
+        if constexpr (N > 4) nibbles<N - 4>(v + 4, high);
+    }
+    // The first four plies, in the low nibbles; nothing else.
+    template <int j>
+    PLIANT_INLINE __m256i lower() const {
+        return _mm256_and_si256(left<(j < 4 ? 0 : -4)>(low[j % 4]), bytes(0x0F));
+    }
+    // The plies from 5 on, ply 5 on top; garbage below them.
+    template <int j>
+    PLIANT_INLINE __m256i upper() const {
+        if constexpr (N > 4)
+            return left<(j < 4 ? 4 : 0)>(high[j % 4]);
+        else
+            return bytes(0);
+    }
+};
+
+// The levels of a depth, xor `flip`: with 0x80 they are unsigned, level + 128.
+template <int N>
+struct Table {
+    static constexpr int kBits = N <= 4 ? 0 : N - 4;  // beyond those of a shuffle
+    __m256i part[1 << kBits];
+
+    PLIANT_INLINE Table(const int8_t* levels, int flip) {
+        constexpr int kStep = N == 7 ? 32 : 16;  // at depth 7 a bit of the index has no meaning
+        for (int k = 0; k < 1 << kBits; ++k)
+            part[k] = _mm256_xor_si256(
+                bytes(flip), _mm256_broadcastsi128_si256(_mm_load_si128(
+                                 reinterpret_cast<const __m128i*>(levels) + k * kStep / 16)));
+    }
+    template <int j>
+    PLIANT_INLINE __m256i look_up(const Bits<N>& bits) const {
+        return pick<0, kBits, 0>(bits.template lower<j>(), bits.template upper<j>());
+    }
+
+  private:
+    // From 2^Bits parts; bit 7 - Done of `upper` says which half of them.
+    template <int First, int Bits_, int Done>
+    PLIANT_INLINE __m256i pick(__m256i lower, __m256i upper) const {
+        if constexpr (Bits_ == 0) {
+            return _mm256_shuffle_epi8(part[First], lower);
+        } else {
+            constexpr int kHalf_ = 1 << (Bits_ - 1);
+            return _mm256_blendv_epi8(pick<First, Bits_ - 1, Done + 1>(lower, upper),
+                                      pick<First + kHalf_, Bits_ - 1, Done + 1>(lower, upper),
+                                      left<Done>(upper));
+        }
+    }
+};
+
+// Products of four neighbouring bytes each, added to 32-bit sums.
+
+// vpmaddubsw wants one unsigned factor, so the sign of the input moves to the level.
+struct Signed {
+    static constexpr int kFlip = 0;
+    static constexpr int kTokens = 4;  // whose sums of 16 rows fit into registers
+    static PLIANT_INLINE __m256i start(int32_t) { return _mm256_setzero_si256(); }
+    static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+};
+
+// Levels are unsigned, level + 128; the 128 is taken out again through the sum of the inputs.
+struct Unsigned {
+    static constexpr int kFlip = 0x80;
+    static constexpr int kTokens = 6;
+    static PLIANT_INLINE __m256i start(int32_t sum) { return _mm256_set1_epi32(-128 * sum); }
+    // Of AVX-VNNI. In assembly, as in coded_avx512.cpp; and so only the assembler has to know it.
+    static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
+        asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+    }
+};
+
+}  // namespace pliant::avx2
