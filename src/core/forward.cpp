@@ -12,7 +12,7 @@ constexpr int kManyTokens = 32;  // from here on tasks take long
 
 int supertiles(const Linear& linear) { return (linear.rows + kSupertile - 1) / kSupertile; }
 
-constexpr int kHeadTiles = 8;  // supertiles of the head in a task
+constexpr int kLeastHead = 8, kMostHead = 64;  // supertiles of the head in a task
 
 float bf16_to_float(uint16_t half) {
     return std::bit_cast<float>(static_cast<uint32_t>(half) << 16);
@@ -172,8 +172,8 @@ void Forward::attention(Worker& w, int l) {
 
 void Forward::feed_forward(Worker& w, int l) {
     const Layer& layer = at(e_.layers_, l);
-    // A task has as many rows of both matrices; with few tokens, larger tasks are faster.
-    const Tasks wide = divide(supertiles(layer.gate), 1);
+    // A task has as many rows of both matrices.
+    const Tasks wide = divide(supertiles(layer.gate));
     block(
         w, tokens_,
         [&](int first, int count, bool keep) {
@@ -222,6 +222,7 @@ void Forward::results(Worker& w) {
     if (e_.head().coded >= 0) places = &e_.weights.matrix(e_.head().coded).position;
     if (places != nullptr && places->empty()) places = nullptr;
     const int count = static_cast<int>(wanted_.size()), all = supertiles(e_.head());
+    const int piece = std::clamp(all / (8 * threads_), kLeastHead, kMostHead);
     const size_t vocab = static_cast<size_t>(m_.vocab);
     float* const logits = logits_ + static_cast<size_t>(at(chunk_, wanted_.front()).logits) * vocab;
     // A single row is put in order on its way from a buffer, several within themselves.
@@ -232,8 +233,8 @@ void Forward::results(Worker& w) {
             for (int i = first; i < first + some; ++i) last_norm(at(wanted_, i), keep, w.in.row(i));
             code(w, first, some, w.in.row(first), w.in.stride, nullptr, {&e_.head()});
         },
-        (all + kHeadTiles - 1) / kHeadTiles,
-        [&](int i) { head_rows(w, i * kHeadTiles, std::min((i + 1) * kHeadTiles, all), to); });
+        (all + piece - 1) / piece,
+        [&](int i) { head_rows(w, i * piece, std::min((i + 1) * piece, all), to); });
     if (places == nullptr) return;
     // Gathered, not scattered: threads that write to the same lines of the cache wait for each
     // other.
@@ -355,10 +356,11 @@ void Forward::multiply(const Worker& w, const Linear& linear, int first, int las
     multiply(w, linear, tokens_, first, last, out.row(0) + first * kSupertile, out.stride);
 }
 
-// With few tokens `most` tasks for each thread, so that one that is late is not waited for. With
-// many a task takes long, and more of them leave less to wait for at the end.
-Forward::Tasks Forward::divide(int supertiles, int most) const {
-    const int count = (tokens_ < kManyTokens ? most : 8) * threads_;
+// With few tokens a task for each thread: shorter ones read shorter streams, and hardly even out
+// what others take of a processor. With many a task takes long, and more of them leave less to wait
+// for.
+Forward::Tasks Forward::divide(int supertiles) const {
+    const int count = (tokens_ < kManyTokens ? 1 : 8) * threads_;
     return {supertiles, std::min(count, supertiles)};
 }
 

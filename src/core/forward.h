@@ -100,7 +100,7 @@ class Forward {
                   size_t stride);
     void multiply(const Worker& w, const Linear& linear, int first, int last,
                   const OutputBuffer& out);
-    Tasks divide(int supertiles, int most = 2) const;
+    Tasks divide(int supertiles) const;
     void append(int l, int first, int count, int kv_head);
     void load_query(int l, int t, int head, float* to) const;
     void load_queries(Worker& w, int l, const AttentionTask& task);
