@@ -125,19 +125,20 @@ void multiply(const Strip& strip, const Run& run, int token) {
             for (int part = 0; part < 4; ++part) {
                 Sums<Dot, kWide, 1, T> sum;
                 sum.start(p.x->sum_hi + begin, p.x->sum_lo + begin);
-                repeat<2>([&]<int h>() PLIANT_LAMBDA {
+                // A loop: all depths together have to fit into the cache of instructions.
+                for (int h = 0; h < 2; ++h) {
                     const Bits<N> bits(planes, place(part, h));
                     repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                        constexpr int kX = 32 * h + 4 * j;
+                        const int at = 32 * h + 4 * j;
                         const __m256i w = hi.template look_up<j>(bits);
                         if constexpr (kWide) {
                             const __m256i l = lo.template look_up<j>(bits);
-                            sum.add(xh + kX, xl + kX, &w, &l);
+                            sum.add(xh + at, xl + at, &w, &l);
                         } else {
-                            sum.add(xh + kX, nullptr, &w, nullptr);
+                            sum.add(xh + at, nullptr, &w, nullptr);
                         }
                     });
-                });
+                }
                 const __m256 step = row_steps(codes, part, low, high);
                 sum.finish(factors, &step, sums + kPart * part);
             }
