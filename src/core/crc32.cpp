@@ -50,13 +50,19 @@ uint32_t by_tables(uint32_t crc, const uint8_t* data, size_t bytes) {
 #if defined(__x86_64__)
 
 // x^power modulo the polynomial, its bits reflected as the instruction wants them.
-constexpr long long key(int power) {
+constexpr long long folding_key(size_t power) {
     uint32_t value = 0x80000000u;
-    for (int i = 0; i < power; ++i) value = (value >> 1) ^ ((value & 1) ? 0xEDB88320u : 0u);
+    for (size_t i = 0; i < power; ++i) value = (value >> 1) ^ ((value & 1) ? 0xEDB88320u : 0u);
     return static_cast<long long>(value) << 1;
 }
 
+// To move a value on by the bytes of a fold, halves of 16 bytes each.
 constexpr size_t kFold = 64, kWideFold = 256;
+constexpr long long kNear[] = {folding_key(128 + 32), folding_key(128 - 32)};
+constexpr long long kFar[] = {folding_key(8 * kFold + 32), folding_key(8 * kFold - 32)};
+constexpr long long kWide[] = {folding_key(8 * kWideFold + 32), folding_key(8 * kWideFold - 32)};
+static_assert(kNear[0] == 0x1751997d0 && kNear[1] == 0x0ccaa009e &&  // as published
+              kFar[0] == 0x154442bd4 && kFar[1] == 0x1c6e41596);
 
 // The attributes of functions that use carry-less multiplication of 16 and of 32 bytes.
 #define PLIANT_FOLDS __attribute__((target("pclmul,sse4.1")))
@@ -86,8 +92,8 @@ PLIANT_WIDE_FOLDS inline __m256i load_wide(const uint8_t* data) {
 // the checksum of all (Gopal and others, "Fast CRC Computation for Generic Polynomials Using
 // PCLMULQDQ", 2009).
 PLIANT_FOLDS uint32_t by_folding(uint32_t crc, const uint8_t* data, size_t bytes) {
-    const __m128i far = _mm_set_epi64x(key(512 - 32), key(512 + 32));
-    const __m128i near = _mm_set_epi64x(key(128 - 32), key(128 + 32));
+    const __m128i far = _mm_set_epi64x(kFar[1], kFar[0]);
+    const __m128i near = _mm_set_epi64x(kNear[1], kNear[0]);
     __m128i sum[4];
     for (int i = 0; i < 4; ++i) sum[i] = load(data + 16 * i);
     sum[0] = _mm_xor_si128(sum[0], _mm_cvtsi32_si128(static_cast<int>(crc)));
@@ -101,7 +107,7 @@ PLIANT_FOLDS uint32_t by_folding(uint32_t crc, const uint8_t* data, size_t bytes
 
 // The same for at least kWideFold bytes: as many stay, for which narrow folds are enough.
 PLIANT_WIDE_FOLDS uint32_t by_wide_folding(uint32_t crc, const uint8_t* data, size_t bytes) {
-    const __m256i far = _mm256_broadcastsi128_si256(_mm_set_epi64x(key(2048 - 32), key(2048 + 32)));
+    const __m256i far = _mm256_broadcastsi128_si256(_mm_set_epi64x(kWide[1], kWide[0]));
     __m256i sum[8];
     for (int i = 0; i < 8; ++i) sum[i] = load_wide(data + 32 * i);
     sum[0] =

@@ -15,8 +15,8 @@ namespace {
 constexpr int kPair = 2 * kLanes;
 
 constexpr int kSlice = 64;  // channels whose factors lie together
-constexpr int kFetched =
-    3;  // pages on their way: one is computed in less time than it takes to come
+// Pages on their way: one is computed in less time than it takes to come.
+constexpr int kFetched = 3;
 #if defined(PLIANT_AVX512)
 constexpr int kRows = 12;  // whose sums fit into registers
 #else

@@ -72,14 +72,6 @@ struct Sums<Dot, Wide, Parts, 0> {
     PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
 };
 
-// Supertiles whose sums, [supertiles][tokens][32], are made together.
-struct Strip {
-    const CodedProduct& p;
-    int first, last;
-    float* sums;
-    Scout& scout;
-};
-
 PLIANT_INLINE void factors_of(const CodedProduct& p, int g, int depth, int first, int tokens,
                               float* out) {
     const float* scale = p.x->scale + p.x->at(g, first);
@@ -240,30 +232,6 @@ void many_tokens(const Strip& strip, const Run& run) {
             });
             repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
         }
-    }
-}
-
-template <typename F>
-PLIANT_INLINE void with_depth(int depth, F&& f) {
-    switch (depth) {
-        case 1:
-            return f.template operator()<1>();
-        case 2:
-            return f.template operator()<2>();
-        case 3:
-            return f.template operator()<3>();
-        case 4:
-            return f.template operator()<4>();
-        case 5:
-            return f.template operator()<5>();
-        case 6:
-            return f.template operator()<6>();
-        case 7:
-            return f.template operator()<7>();
-        case 8:
-            return f.template operator()<8>();
-        default:
-            return;
     }
 }
 

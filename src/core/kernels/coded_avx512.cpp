@@ -69,14 +69,6 @@ struct Sums<Wide, Tiles, 0> {
     PLIANT_INLINE void finish(const float*, const __m512*, float*) const {}
 };
 
-// Supertiles whose sums, [supertiles][tokens][32], are made together.
-struct Strip {
-    const CodedProduct& p;
-    int first, last;
-    float* sums;
-    Scout& scout;
-};
-
 // Adds the products of T tokens from `token` on with a run: plies go from memory through registers
 // straight into the sums. Group after group, so that every ply is read as one stream.
 template <int N, int T>

@@ -6,21 +6,10 @@
 
 #include <immintrin.h>
 
-#include <utility>
-
 #include "kernels.h"
+#include "unroll.h"
 
 namespace pliant::avx2 {
-
-#define PLIANT_INLINE inline __attribute__((always_inline))
-#define PLIANT_LAMBDA __attribute__((always_inline))
-
-// Calls f<0>() … f<N - 1>(). With constant indices arrays of vectors become registers.
-template <int N, typename F>
-PLIANT_INLINE void repeat(F&& f) {
-    [&]<int... I>(std::integer_sequence<int, I...>)
-        PLIANT_LAMBDA { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, N>{});
-}
 
 PLIANT_INLINE __m256i bytes(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 PLIANT_INLINE __m256i select(__m256i mask, __m256i a, __m256i b) {

@@ -7,22 +7,11 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <utility>
 
 #include "kernels.h"
+#include "unroll.h"
 
 namespace pliant::avx512 {
-
-#define PLIANT_INLINE inline __attribute__((always_inline))
-#define PLIANT_LAMBDA __attribute__((always_inline))
-
-// Calls f<0>() … f<N - 1>(). With constant indices arrays of vectors become registers; a loop, even
-// an unrolled one, leaves them in memory.
-template <int N, typename F>
-PLIANT_INLINE void repeat(F&& f) {
-    [&]<int... I>(std::integer_sequence<int, I...>)
-        PLIANT_LAMBDA { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, N>{});
-}
 
 // Where the mask has a bit the bit of a, elsewhere that of b.
 PLIANT_INLINE __m512i select(__m512i mask, __m512i a, __m512i b) {
@@ -181,30 +170,6 @@ inline void scale_rows(const CodedProduct& p, int s, const float* sums) {
         float* out = p.out + static_cast<size_t>(t) * p.stride + (s - p.first) * kSupertile;
         _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_load_ps(sums), scale0));
         _mm512_storeu_ps(out + 16, _mm512_mul_ps(_mm512_load_ps(sums + 16), scale1));
-    }
-}
-
-template <typename F>
-PLIANT_INLINE void with_depth(int depth, F&& f) {
-    switch (depth) {
-        case 1:
-            return f.template operator()<1>();
-        case 2:
-            return f.template operator()<2>();
-        case 3:
-            return f.template operator()<3>();
-        case 4:
-            return f.template operator()<4>();
-        case 5:
-            return f.template operator()<5>();
-        case 6:
-            return f.template operator()<6>();
-        case 7:
-            return f.template operator()<7>();
-        case 8:
-            return f.template operator()<8>();
-        default:
-            return;
     }
 }
 

@@ -1,9 +1,12 @@
-// What a product will read, fetched before it is needed.
+// What a product will read, fetched before it is needed. Every file that includes this has it for
+// itself: what is compiled for one instruction set must not be shared with another.
 #pragma once
 
-#include "../coded.h"
+#include "kernels.h"
+#include "unroll.h"
 
 namespace pliant {
+namespace {
 
 // Goes through the plies of the supertiles [first, last) of a block, group after group, some way
 // ahead of the product that reads them in this order. A ply of a task is a few KB, too short for
@@ -24,7 +27,7 @@ class Scout {
     }
 
     // The product goes on by so many pieces, each the 256 bytes of a ply of a supertile.
-    inline __attribute__((always_inline)) void go(int pieces) {
+    PLIANT_INLINE void go(int pieces) {
         for (due_ += pieces; due_ > 0 && run_ != end_; due_ -= depth_) {
             fetch_supertile();
             if (++supertile_ == last_) leave();
@@ -34,9 +37,9 @@ class Scout {
   private:
     static constexpr int kAhead = 28;  // pieces: 7 KB, of a first cache of 32 or 48
 
-    inline __attribute__((always_inline)) void fetch_supertile() const {
+    PLIANT_INLINE void fetch_supertile() const {
         const size_t at = static_cast<size_t>(supertile_) * 256;
-        const auto fetch = [&](int ply) __attribute__((always_inline)) {
+        const auto fetch = [&](int ply) PLIANT_LAMBDA {
             const uint8_t* const piece = planes_[ply] + at;
             __builtin_prefetch(piece);
             __builtin_prefetch(piece + 64);
@@ -93,6 +96,14 @@ class Scout {
     int due_ = 0;  // pieces to be fetched; what was fetched beyond them counts
 };
 
+// Supertiles whose sums, [supertiles][tokens][32], are made together.
+struct Strip {
+    const CodedProduct& p;
+    int first, last;
+    float* sums;
+    Scout& scout;
+};
+
 // The pointers to plies and codes: since they were used last, all the other plies have gone through
 // the caches.
 inline void fetch_pointers(const CodedBlock& block) {
@@ -102,4 +113,5 @@ inline void fetch_pointers(const CodedBlock& block) {
     }
 }
 
+}  // namespace
 }  // namespace pliant
