@@ -50,7 +50,7 @@ def llama(path: str, threads: int) -> dict[str, tuple[int, Step]]:
     }
 
 
-def ours(pack: str, weights: str, threads: int) -> dict[str, tuple[int, Step]]:
+def ours(pack: str, weights: str, threads: int, isa: str) -> dict[str, tuple[int, Step]]:
     """What pliant does in a round, and decoding of several sequences at once."""
     import pliant
 
@@ -59,6 +59,7 @@ def ours(pack: str, weights: str, threads: int) -> dict[str, tuple[int, Step]]:
         pack,
         weights=weights,
         threads=threads,
+        isa=isa,
         context=WINDOW + 2 * DECODED,
         sessions=BATCH + 1,
         chat=False,
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", required=True, help="sizes of the pack")
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", default="auto", help="of pliant; llama.cpp's is that of its build")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", choices=("llama", "pliant"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -163,11 +165,12 @@ def main() -> None:
         serve(llama(args.files[0], args.threads))
         return
     if args.child == "pliant":
-        serve(ours(str(args.pack), args.weights[0], args.threads))
+        serve(ours(str(args.pack), args.weights[0], args.threads, args.isa))
         return
 
     def command(python: str, child: str, file: str, weights: str) -> list[str]:
         options = ["--files", file, "--weights", weights, "--threads", str(args.threads)]
+        options += ["--isa", args.isa]
         return [python, __file__, str(args.pack), *options, "--child", child]
 
     rivals = [
@@ -207,6 +210,7 @@ def main() -> None:
             {
                 "machine": machine(),
                 "threads": args.threads,
+                "isa": args.isa,
                 "bandwidth": bandwidth,
                 "rounds": ROUNDS,
                 "results": results,
