@@ -79,14 +79,6 @@ PLIANT_INLINE void factors_of(const CodedProduct& p, int g, int depth, int first
     for (int t = 0; t < tokens; ++t) out[t] = (scale[t] * group) * level;
 }
 
-template <int N>
-PLIANT_INLINE void planes_of(const CodedBlock& block, int g, int supertile,
-                             const uint8_t** planes) {
-    for (int i = 0; i < N; ++i)
-        planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] +
-                    static_cast<size_t>(supertile) * 256;
-}
-
 // Where the bytes of a part are in a ply of a supertile, for columns 32 h … 32 h + 31.
 constexpr size_t place(int part, int h) {
     return static_cast<size_t>(128 * (part / 2) + 64 * h + 32 * (part % 2));

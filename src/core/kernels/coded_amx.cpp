@@ -148,9 +148,7 @@ void decode(const CodedProduct& p, const Cursor& cursor, const Cursor& later, Ba
         with_depth(depth, [&]<int N>() {
             const Table<N> hi(p.levels->hi[N], 0), lo(p.levels->lo[N], 0);
             const uint8_t* planes[N];
-            for (int ply = 0; ply < N; ++ply)
-                planes[ply] =
-                    block.planes[group * kMaxDepth + static_cast<size_t>(ply)] + tile * 256;
+            planes_of<N>(block, g, cursor.supertile, planes);
             decode<N>(planes, hi, lo, batch.high[i], batch.low[i]);
         });
     });

@@ -77,7 +77,6 @@ void multiply(const Strip& strip, const Run& run, int token) {
     constexpr int kTiles = kWide && T > 2 ? 1 : 2;  // at once: there are 32 registers
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
-    const size_t above = static_cast<size_t>(strip.first) * 256;  // bytes
     const __m512 steps = _mm512_load_ps(p.levels->steps);
     const Table<N> hi(p.levels->hi[N], 0x80), lo(p.levels->lo[N], 0x80);
     for (int g = run.first, end = g + run.count; g < end; ++g) {
@@ -89,8 +88,7 @@ void multiply(const Strip& strip, const Run& run, int token) {
         factors_of(p, g, N, token, T, factors);
         const uint8_t* const codes = block.codes[static_cast<size_t>(g)];
         const uint8_t* planes[N];
-        for (int i = 0; i < N; ++i)
-            planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] + above;
+        planes_of<N>(block, g, strip.first, planes);
         float* sums = strip.sums + token * kSupertile;
         for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
             if (token == 0) strip.scout.go(N);
@@ -178,9 +176,7 @@ void many_tokens(const Strip& strip, const Run& run) {
     for (int g = run.first; g < run.first + run.count; ++g) {
         factors_of(p, g, N, 0, p.tokens, decoded.factors);
         const uint8_t* planes[N];
-        for (int i = 0; i < N; ++i)
-            planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] +
-                        static_cast<size_t>(strip.first) * 256;
+        planes_of<N>(block, g, strip.first, planes);
         float* sums = strip.sums;
         for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
             strip.scout.go(N);

@@ -112,15 +112,15 @@ struct Table {
     }
 
   private:
-    // From 2^Bits parts; bit 7 - Done of `upper` says which half of them.
-    template <int First, int Bits_, int Done>
+    // From 2^Left parts; bit 7 - Done of `upper` says which half of them.
+    template <int First, int Left, int Done>
     PLIANT_INLINE __m256i pick(__m256i lower, __m256i upper) const {
-        if constexpr (Bits_ == 0) {
+        if constexpr (Left == 0) {
             return _mm256_shuffle_epi8(part[First], lower);
         } else {
-            constexpr int kHalf_ = 1 << (Bits_ - 1);
-            return _mm256_blendv_epi8(pick<First, Bits_ - 1, Done + 1>(lower, upper),
-                                      pick<First + kHalf_, Bits_ - 1, Done + 1>(lower, upper),
+            constexpr int kSecond = First + (1 << (Left - 1));
+            return _mm256_blendv_epi8(pick<First, Left - 1, Done + 1>(lower, upper),
+                                      pick<kSecond, Left - 1, Done + 1>(lower, upper),
                                       left<Done>(upper));
         }
     }

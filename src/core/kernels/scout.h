@@ -104,6 +104,15 @@ struct Strip {
     Scout& scout;
 };
 
+// The plies of a group, from a supertile on.
+template <int N>
+PLIANT_INLINE void planes_of(const CodedBlock& block, int g, int supertile,
+                             const uint8_t** planes) {
+    for (int i = 0; i < N; ++i)
+        planes[i] = block.planes[static_cast<size_t>(g * kMaxDepth + i)] +
+                    static_cast<size_t>(supertile) * 256;
+}
+
 // The pointers to plies and codes: since they were used last, all the other plies have gone through
 // the caches.
 inline void fetch_pointers(const CodedBlock& block) {

@@ -2,10 +2,10 @@
 
 What is available is the least of what the machine has (MemAvailable, and what lies in the lists of
 its processors) and what each control group leaves (limit less usage, where clean cache does not
-count as used). PSI, the pressure stall
-information, is taken from the own group; that of the whole machine also rises for others who fill
-their own containers, so it is marked as such (docs/memory.md). Sources: proc_meminfo(5), and the
-documents of Linux on cgroup v1, cgroup v2 and PSI.
+count as used). PSI, the pressure stall information, is taken from the own group; that of the whole
+machine also rises for others who fill their own containers, so it is marked as such
+(docs/memory.md). Sources: proc_meminfo(5), and the documents of Linux on cgroup v1, cgroup v2 and
+PSI.
 """
 
 from __future__ import annotations
