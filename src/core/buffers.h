@@ -2,17 +2,25 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <vector>
 
 #include "executor.h"
+#include "kernels/unroll.h"
 
 namespace pliant {
 
-// What will be read soon.
-inline void fetch(const float* from, int count) {
+// What will be read soon. Inlined by force: GCC takes away calls of functions that do nothing but
+// fetch.
+PLIANT_INLINE void fetch(const float* from, int count) {
     for (int i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+}
+// … and a little later: into the second cache.
+PLIANT_INLINE void fetch_early(const void* from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(static_cast<const char*>(from) + i, 0, 1);
 }
 
 // A zeroed array aligned to 64 bytes.
@@ -125,11 +133,12 @@ struct Executor::Buffers {
           half_(static_cast<size_t>(m.head_dim / 2)),
           padded_head_((static_cast<size_t>(m.head_dim) + 63) / 64 * 64),
           chunk_(static_cast<size_t>(chunk)),
-          most_parts_(static_cast<size_t>(m.context) / (kPartPages * kPageTokens) + 1),
+          most_parts_(static_cast<size_t>(part_of(m.context / kPageTokens)) + 1),
           cosine_(m.ropes.size() * chunk_ * half_),
           sine_(m.ropes.size() * chunk_ * half_),
           parts_(static_cast<size_t>(m.heads) * (most_parts_ + 1) * padded_head_),
           part_scalars_(static_cast<size_t>(m.heads) * (most_parts_ + 1) * 2) {
+        parts_done = std::make_unique<std::atomic<int>[]>(static_cast<size_t>(m.heads));
         for (int i = 0; i < threads; ++i) {
             own.emplace_back(1, std::max({m.hidden, m.heads * m.head_dim, m.ffn}));
             own_residual.emplace_back(static_cast<size_t>(m.hidden));
@@ -172,6 +181,8 @@ struct Executor::Buffers {
     std::vector<Aligned<float>> together;  // of inputs that are prepared together
     std::vector<Aligned<float>> head;      // logits of a token, to be put in order
     std::vector<AttentionRoom> attention;
+    // How many parts the heads from one on have done, those of one task.
+    std::unique_ptr<std::atomic<int>[]> parts_done;
 
   private:
     size_t rotary(size_t rope, int t) const {

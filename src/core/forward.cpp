@@ -69,9 +69,11 @@ void Forward::phase(Worker& w, int tasks, F&& task) {
 
 // Inputs are prepared, then tasks use them. A single input is prepared by each thread for itself,
 // when it has got a task: cheaper than to meet once more. prepare(first, count, keep): rows of the
-// inputs; the thread with `keep` leaves the residual for the others.
+// inputs; the thread with `keep` leaves the residual for the others. While a single token is
+// multiplied, what its next input needs is fetched: the order of its channels, and the norm.
 template <typename Prepare, typename Task>
-void Forward::block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task) {
+void Forward::block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task,
+                    const Linear& next, const Norm* next_norm) {
     if (!alone_) {
         // Neighbours go to one thread where there are enough of them: they are prepared together,
         // and their scales share a line of the cache.
@@ -87,6 +89,11 @@ void Forward::block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& 
     phase(w, tasks, [&](int i) {
         if (!ready) prepare(0, 1, i == 0);
         ready = true;
+        if (next.coded >= 0) {
+            const auto& order = e_.weights.order(e_.weights.matrix(next.coded).input);
+            fetch_early(order.data(), order.size() * sizeof(uint16_t));
+        }
+        if (next_norm != nullptr) fetch_early(next_norm->data(), next_norm->size() * sizeof(float));
         task(i);
     });
 }
@@ -145,7 +152,8 @@ void Forward::attention(Worker& w, int l) {
                 multiply(w, *linear, std::max(first, 0), std::min(last, count), *out);
                 first -= count, last -= count;
             }
-        });
+        },
+        layer.o, nullptr);
     if (after != nullptr && alone_) w.residual ^= 1;
 
     if (!singles_) {
@@ -164,10 +172,10 @@ void Forward::attention(Worker& w, int l) {
     block(
         w, tokens_,
         [&](int first, int count, bool) {
-            if (alone_) mean_of_parts(l, w.in.row(0));
-            code(w, first, count, w.in.row(first), w.in.stride, nullptr, {&layer.o});
+            code(w, first, count, b_.input.row(first), b_.input.stride, nullptr, {&layer.o});
         },
-        out.count, [&](int i) { multiply(w, layer.o, out.first(i), out.last(i), b_.out); });
+        out.count, [&](int i) { multiply(w, layer.o, out.first(i), out.last(i), b_.out); },
+        layer.gate, &layer.ffn_norm);
 }
 
 void Forward::feed_forward(Worker& w, int l) {
@@ -190,16 +198,20 @@ void Forward::feed_forward(Worker& w, int l) {
             for (int t = 0; t < tokens_; ++t)
                 kernels_.gate(b_.gate.row(t) + row, b_.up.row(t) + row, count, m_.activation,
                               b_.gate.row(t) + row);
-        });
+        },
+        layer.down, nullptr);
     if (alone_) w.residual ^= 1;
 
     const Tasks out = divide(supertiles(layer.down));
+    const Layer* const next = l + 1 < m_.layers ? &at(e_.layers_, l + 1) : nullptr;
     block(
         w, tokens_,
         [&](int first, int count, bool) {
             code(w, first, count, b_.gate.row(first), b_.gate.stride, nullptr, {&layer.down});
         },
-        out.count, [&](int i) { multiply(w, layer.down, out.first(i), out.last(i), b_.out); });
+        out.count, [&](int i) { multiply(w, layer.down, out.first(i), out.last(i), b_.out); },
+        next != nullptr ? next->q : e_.head(),
+        next != nullptr ? &next->attn_norm : &e_.final_norm_);
 }
 
 // The last norm, and logits of the tokens for which they are wanted: these are gathered to the
@@ -234,7 +246,8 @@ void Forward::results(Worker& w) {
             code(w, first, some, w.in.row(first), w.in.stride, nullptr, {&e_.head()});
         },
         (all + piece - 1) / piece,
-        [&](int i) { head_rows(w, i * piece, std::min((i + 1) * piece, all), to); });
+        [&](int i) { head_rows(w, i * piece, std::min((i + 1) * piece, all), to); }, e_.head(),
+        nullptr);
     if (places == nullptr) return;
     // Gathered, not scattered: threads that write to the same lines of the cache wait for each
     // other.

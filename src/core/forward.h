@@ -85,7 +85,8 @@ class Forward {
     template <typename F>
     void phase(Worker& w, int tasks, F&& task);
     template <typename Prepare, typename Task>
-    void block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task);
+    void block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task, const Linear& next,
+               const Norm* next_norm);
 
     void embed(int t);
     void attention(Worker& w, int l);
@@ -105,13 +106,14 @@ class Forward {
     void load_query(int l, int t, int head, float* to) const;
     void load_queries(Worker& w, int l, const AttentionTask& task);
     void attend(Worker& w, int l, const AttentionTask& task);
+    void fetch_first(int l, const AttentionTask& task) const;
     int coded_pages(int sequence, int position) const;
     void attend_coded(Worker& w, const Pages& of, int begin, int end, const Attended* drawn);
-    int first_reads(const Worker& w, const Pages& of, Ahead* then) const;
+    void expect(const Worker& w, const Pages& of, CodedAttention& a) const;
     void attend_exact(Worker& w, const Pages& of, int begin, int end, const Attended* drawn);
     void with_newest(int l, int kv_head, const Attended& sum, const Attended& newest) const;
     void code_page(int l, int kv_head, const FullPage& full);
-    void mean_of_parts(int l, float* out) const;
+    void end_part(int l, const AttentionTask& task, int parts);
     void head_rows(const Worker& w, int first, int last, float* logits);
 
     Executor& e_;

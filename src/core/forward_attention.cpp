@@ -7,7 +7,7 @@ namespace pliant {
 
 namespace {
 
-constexpr int kThen = 4;  // pages of the next task that are fetched in this one
+constexpr int kFirstCoded = 6, kFirstExact = 2;  // pages that are fetched before a task needs them
 
 }  // namespace
 
@@ -44,11 +44,15 @@ void Forward::plan_attention() {
     for (int t = 1; t < tokens_; ++t)
         if (at(chunk_, t).sequence == at(chunk_, t - 1).sequence) singles_ = false;
     if (alone_) {  // the threads share the positions
-        const int parts = at(chunk_, 0).position / kPartTokens + 1;
-        for (int h = 0; h < m_.kv_heads; ++h)
-            for (int q = 0; q < group_; q += kMaxQueries)
-                for (int part = 0; part < parts; ++part)
-                    tasks_.push_back({h, q, std::min(q + kMaxQueries, group_), part});
+        const int last = part_of(at(chunk_, 0).position / kPageTokens);
+        const auto add = [&](int first_part, int last_part) {
+            for (int h = 0; h < m_.kv_heads; ++h)
+                for (int q = 0; q < group_; q += kMaxQueries)
+                    for (int part = first_part; part <= last_part; ++part)
+                        tasks_.push_back({h, q, std::min(q + kMaxQueries, group_), part});
+        };
+        add(0, last - 1);
+        add(last, last);  // short ones come last
         return;
     }
     // As many queries in a task as possible, fewer if there are few.
@@ -140,6 +144,7 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
     AttentionRoom& room = at(b_.attention, w.self);
     const KvLadder& ladder = e_.kv.ladder;
     const bool coded = ladder.present(), alone = task.part >= 0;
+    if (alone) fetch_first(l, task);
     load_queries(w, l, task);
     const float* queries[kExactQueries];
     int positions[kExactQueries];
@@ -152,10 +157,11 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
         latest = std::max(latest, positions[slot]);
     }
     const int window = at(m_.layer_window, l), count = task.last - task.first;
-    const int last_part = alone ? task.part : latest / kPartTokens;
+    const int newest_part = part_of(latest / kPageTokens);
+    const int last_part = alone ? task.part : newest_part;
     const int seen = window > 0 ? std::max(0, positions[0] - window + 1) : 0;
-    const int first_part = alone ? task.part : seen / kPartTokens;
-    const bool newest = last_part == latest / kPartTokens;
+    const int first_part = alone ? task.part : part_of(seen / kPageTokens);
+    const bool newest = last_part == newest_part;
     if (newest && singles_) append(l, task.first / group_, 1, task.kv_head);
 
     // With a ladder all pages before the newest are coded, and added up as they are, turned.
@@ -172,8 +178,8 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
             drawn[slot] = alone                ? b_.part(head(slot), part)
                           : part == first_part ? room.sum(slot)
                                                : room.more(slot);
-        const int begin = part * kPartPages;
-        const int end = std::max(begin, std::min(pages, begin + kPartPages));
+        const int begin = part_begin(part);
+        const int end = std::max(begin, std::min(pages, part_begin(part + 1)));
         coded ? attend_coded(w, of, begin, end, drawn) : attend_exact(w, of, begin, end, drawn);
         if (part > first_part)
             for (int slot = 0; slot < count; ++slot)
@@ -186,12 +192,35 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
         for (const FullPage& full : full_)
             if (singles_ && full.sequence == sequence) code_page(l, task.kv_head, full);
     }
-    if (alone) return;
+    if (alone) return end_part(l, task, newest_part + 1);
     for (int slot = 0; slot < count; ++slot) {
         if (coded) with_newest(l, task.kv_head, room.sum(slot), room.more(slot));
         kernels_.attend_mean(room.sum(slot), m_.head_dim,
                              b_.input.row((task.first + slot) / group_) + head(slot) * m_.head_dim);
     }
+}
+
+// The first pages that a task looks at come while its queries are made, and so does the newest one,
+// which is exact.
+void Forward::fetch_first(int l, const AttentionTask& task) const {
+    const KvLadder& ladder = e_.kv.ladder;
+    const int sequence = at(chunk_, 0).sequence, position = at(chunk_, 0).position;
+    const int newest = position / kPageTokens;
+    int page = part_begin(task.part), end = part_begin(task.part + 1);
+    if (ladder.present()) {
+        const int keys = ladder.unit(l, task.kv_head, false);
+        const int values = ladder.unit(l, task.kv_head, true);
+        const int coded = coded_pages(sequence, position);
+        for (int i = page; i < std::min({page + kFirstCoded, end, coded}); ++i) {
+            const SlotMap& map = maps_[static_cast<size_t>(i)];
+            fetch_early(slots_[static_cast<size_t>(i)] + map.codes[keys / 2],
+                        map.plies[values] - map.codes[keys / 2]);
+        }
+        page = std::max(page, coded);
+    }
+    for (int i = page; i < std::min({page + kFirstExact, end, newest + 1}); ++i)
+        fetch_early(e_.kv.keys(sequence, i, l, task.kv_head),
+                    static_cast<size_t>(m_.head_dim * kPageTokens) * sizeof(uint16_t));
 }
 
 // How many pages a token sees coded.
@@ -206,32 +235,37 @@ void Forward::attend_coded(Worker& w, const Pages& of, int begin, int end, const
     const KvLadder& ladder = e_.kv.ladder;
     const size_t first = at(first_slot_, of.token) + static_cast<size_t>(begin);
     const CodedQueries queries = at(b_.attention, w.self).coded();
-    Ahead then[kThen];
-    const int then_count = of.alone ? first_reads(w, of, then) : 0;
-    kernels_.attend_coded({ladder.groups(), of.queries, &queries, of.positions, of.window, begin,
-                           end - begin, slots_.data() + first, maps_.data() + first,
-                           ladder.unit(of.layer, of.kv_head, false),
-                           ladder.unit(of.layer, of.kv_head, true), &e_.weights.levels,
-                           m_.attn_softcap, drawn, then, then_count});
+    CodedAttention a{ladder.groups(),
+                     of.queries,
+                     &queries,
+                     of.positions,
+                     of.window,
+                     begin,
+                     end - begin,
+                     slots_.data() + first,
+                     maps_.data() + first,
+                     ladder.unit(of.layer, of.kv_head, false),
+                     ladder.unit(of.layer, of.kv_head, true),
+                     &e_.weights.levels,
+                     m_.attn_softcap,
+                     drawn,
+                     kernels_.page_product};
+    if (of.alone) expect(w, of, a);
+    kernels_.attend_coded(a);
 }
 
-// What the next task of this thread will read first, if the others take one meanwhile: the keys of
-// some pages. It is a guess: a wrong one costs a few reads.
-int Forward::first_reads(const Worker& w, const Pages& of, Ahead* then) const {
+// What the next task of this thread will read first, if the others take one meanwhile. It is a
+// guess: a wrong one costs a few reads.
+void Forward::expect(const Worker& w, const Pages& of, CodedAttention& a) const {
     const int next = at(e_.phases_, static_cast<int>(w.phase) - 1).next() + threads_ - 1;
-    if (next >= static_cast<int>(tasks_.size()) || of.window > 0) return 0;
+    if (next >= static_cast<int>(tasks_.size()) || of.window > 0) return;
     const AttentionTask& task = at(tasks_, next);
-    const KvLadder& ladder = e_.kv.ladder;
-    const int keys = ladder.unit(of.layer, task.kv_head, false);
-    const int values = ladder.unit(of.layer, task.kv_head, true);
-    const int begin = task.part * kPartPages;
-    const int count = std::min(kThen, coded_pages(of.sequence, of.positions[0]) - begin);
-    for (int i = 0; i < count; ++i) {
-        const size_t page = at(first_slot_, of.token) + static_cast<size_t>(begin + i);
-        const uint32_t first = maps_[page].codes[keys / 2];
-        then[i] = {slots_[page] + first, static_cast<int>(maps_[page].plies[values] - first)};
-    }
-    return std::max(count, 0);
+    const int begin = part_begin(task.part), pages = coded_pages(of.sequence, of.positions[0]);
+    const size_t first = at(first_slot_, of.token) + static_cast<size_t>(begin);
+    a.then_pages = std::max(pages - begin, 0);
+    a.then_keys = e_.kv.ladder.unit(of.layer, task.kv_head, false);
+    a.then_slot = slots_.data() + first;
+    a.then_map = maps_.data() + first;
 }
 
 void Forward::attend_exact(Worker& w, const Pages& of, int begin, int end, const Attended* drawn) {
@@ -263,22 +297,21 @@ void Forward::code_page(int l, int kv_head, const FullPage& full) {
                         ladder.unit(l, kv_head, false), ladder.unit(l, kv_head, true)});
 }
 
-// The output of all heads of the only token: [heads · head_dim].
-void Forward::mean_of_parts(int l, float* out) const {
-    const int parts = at(chunk_, 0).position / kPartTokens + 1;
+// A part of the only token is done. Whoever does the last one of these heads adds them up, in
+// order.
+void Forward::end_part(int l, const AttentionTask& task, int parts) {
+    std::atomic<int>& done = b_.parts_done[task.kv_head * group_ + task.first];
+    if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < parts) return;
+    done.store(0, std::memory_order_relaxed);  // the next layer comes after this phase
     const bool coded = e_.kv.ladder.present();
     const int dims = coded ? e_.kv.ladder.groups() * kGroup : m_.head_dim;
-    for (int head = 0; head < m_.heads; ++head) {
-        // The first part itself must stay as it is: other threads add up the same.
-        alignas(64) float values[kMaxHeadDim];
-        const Attended first = b_.part(head, 0);
-        float best = *first.best, total = *first.total;
-        std::copy_n(first.values, b_.padded_head(), values);
-        const Attended sum{&best, &total, values};
+    for (int head = task.kv_head * group_ + task.first; head < task.kv_head * group_ + task.last;
+         ++head) {
+        const Attended sum = b_.part(head, 0);
         for (int part = 1; part < parts; ++part)
             kernels_.attend_more(b_.part(head, part), dims, sum);
-        if (coded) with_newest(l, head / group_, sum, b_.newest(head));
-        kernels_.attend_mean(sum, m_.head_dim, out + head * m_.head_dim);
+        if (coded) with_newest(l, task.kv_head, sum, b_.newest(head));
+        kernels_.attend_mean(sum, m_.head_dim, b_.input.row(0) + head * m_.head_dim);
     }
 }
 

@@ -1,19 +1,25 @@
 #include "threads.h"
 
+#include <chrono>
+
 namespace pliant {
 
 namespace {
 
 constexpr uint32_t kOpen = 1u << 31;
 
-// Waits until `value` is no longer `old`: spins for as long as the pause between two steps usually
-// is, then sleeps in the kernel.
+// Longer than the pause between two steps usually is.
+constexpr auto kSpin = std::chrono::microseconds(100);
+
+// Waits until `value` is no longer `old`: spins for a while, then sleeps in the kernel.
 uint32_t wait_while(std::atomic<uint32_t>& value, uint32_t old) {
-    for (int i = 0; i < 2000; ++i) {
-        const uint32_t now = value.load(std::memory_order_acquire);
-        if (now != old) return now;
-        detail::relax();
-    }
+    using Clock = std::chrono::steady_clock;
+    for (const auto end = Clock::now() + kSpin; Clock::now() < end;)
+        for (int i = 0; i < 64; ++i) {
+            const uint32_t now = value.load(std::memory_order_acquire);
+            if (now != old) return now;
+            detail::relax();
+        }
     for (;;) {
         const uint32_t now = value.load(std::memory_order_acquire);
         if (now != old) return now;

@@ -7,10 +7,9 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "unroll.h"
 
 namespace pliant::PLIANT_ISA {
-
-#define PLIANT_INLINE inline __attribute__((always_inline))
 
 // The scores of queries with the positions of a part, then their weights.
 struct Scores {

@@ -2,8 +2,8 @@
 // set (see simd.h).
 //
 // A part of the positions goes through three loops, as with exact pages. The first and the last
-// take a few pages at a time: a unit of all of them is multiplied in one call, while what comes
-// after them is fetched, a portion with every page.
+// take a few pages at a time: a unit of all of them is multiplied in one call, and with each page
+// the same unit of a later one is fetched.
 #include <algorithm>
 
 #include "attention.h"
@@ -14,7 +14,7 @@ namespace pliant::PLIANT_ISA {
 namespace {
 
 constexpr int kBlock = 4;      // pages that are taken together
-constexpr int kKeysAhead = 4;  // how many pages before they are needed keys are fetched
+constexpr int kKeysAhead = 6;  // how many pages before they are needed keys are fetched
 
 // Some pages of the same depths.
 struct Block {
@@ -25,15 +25,18 @@ struct Block {
 
 class Coded {
   public:
-    explicit Coded(const CodedAttention& a) : a_(a), seen_(a) {}
+    explicit Coded(const CodedAttention& a)
+        : a_(a),
+          seen_(a),
+          slot_(a.slot + (seen_.begin - a.first_page)),
+          map_(a.map + (seen_.begin - a.first_page)) {}
 
     void run() {
         const int count = seen_.count();
         for (int at = 0; at < count;) at += scores(block(at));
         for (int q = 0; q < a_.queries; ++q) {
-            for (int page = kKeysAhead + q; page < std::min(count, kKeysAhead + kBlock);
-                 page += a_.queries)
-                fetch(region(page, true));
+            for (int i = q; i < kBlock * 2 * a_.groups; i += a_.queries)
+                fetch(values_of(kKeysAhead + i % kBlock, a_.values + i / kBlock));
             find_best(scores_.p[q], count, seen_.begin * kPageTokens, a_.position[q], a_.window,
                       a_.softcap, a_.out[q]);
             soften(scores_.p[q], count, a_.out[q]);
@@ -45,43 +48,29 @@ class Coded {
   private:
     // The block that begins with that page of those that are seen.
     Block block(int at) const {
-        const int first = seen_.begin - a_.first_page + at, count = seen_.count();
-        Block b{{}, a_.map + first, at, 0};
-        for (; b.pages < kBlock && at + b.pages < count; ++b.pages) {
-            if (a_.map[first + b.pages].depths != b.map->depths) break;
-            b.slot[b.pages] = a_.slot[first + b.pages];
+        Block b{{}, map_ + at, at, 0};
+        for (; b.pages < kBlock && at + b.pages < seen_.count(); ++b.pages) {
+            if (b.map[b.pages].depths != b.map->depths) break;
+            b.slot[b.pages] = slot_[at + b.pages];
         }
         return b;
     }
 
-    // What a head has in a slot lies together: codes of keys and values, plies of keys, plies of
-    // values. Up to the plies of values it is read for the scores, and then the rest.
-    Ahead region(int page, bool value) const {
-        const int at = seen_.begin - a_.first_page + page;
-        const SlotMap& map = a_.map[at];
-        const int last = a_.values + 2 * a_.groups - 1;
-        const uint32_t begin = value ? map.plies[a_.values] : map.codes[a_.keys / 2];
-        const uint32_t end =
-            value ? map.plies[last] + map.depths[last] * kUnitPly : map.plies[a_.values];
-        return {a_.slot[at] + begin, static_cast<int>(end - begin)};
+    // A unit of a page, with the scales of its group; nothing from the last page on.
+    static Ahead unit_of(const uint8_t* const* slot, const SlotMap* map, int page, int pages,
+                         int unit) {
+        if (page >= pages) return {nullptr, 0};
+        if (unit % 2 == 0) __builtin_prefetch(slot[page] + map[page].codes[unit / 2]);
+        return {slot[page] + map[page].plies[unit], map[page].depths[unit] * kUnitPly};
     }
-
-    // What is fetched with each page of a block, in portions for the calls. Values are a block more
-    // ahead than keys: what is missing then has been fetched during the softmax.
-    void plan_ahead(const Block& b, bool value, int calls) {
-        const int count = seen_.count();
-        for (int i = 0; i < b.pages; ++i) {
-            const int page = b.first + i + kKeysAhead + (value ? kBlock : 0);
-            if (page < count)
-                ahead_[i] = region(page, value);
-            else if (!value && page - count < count)
-                ahead_[i] = region(page - count, true);
-            else if (value && page - count < a_.then_count)
-                ahead_[i] = a_.then[page - count];
-            else
-                ahead_[i] = {nullptr, 0};
-            portion_[i] = (ahead_[i].bytes / calls + 63) / 64 * 64;
-        }
+    Ahead keys_of(int page, int unit) const {
+        return page < seen_.count() ? unit_of(slot_, map_, page, seen_.count(), unit)
+                                    : values_of(page - seen_.count(), unit - a_.keys + a_.values);
+    }
+    Ahead values_of(int page, int unit) const {
+        return page < seen_.count() ? unit_of(slot_, map_, page, seen_.count(), unit)
+                                    : unit_of(a_.then_slot, a_.then_map, page - seen_.count(),
+                                              a_.then_pages, unit - a_.values + a_.then_keys);
     }
 
     // The product of a unit of the block with vectors of int8.
@@ -91,13 +80,13 @@ class Coded {
         Ahead ahead[kBlock];
         for (int i = 0; i < b.pages; ++i) {
             plies[i] = b.slot[i] + b.map[i].plies[unit];
-            ahead[i] = {ahead_[i].from, std::min(portion_[i], ahead_[i].bytes)};
-            ahead_[i].from += ahead[i].bytes;
-            ahead_[i].bytes -= ahead[i].bytes;
+            // Values are a block more ahead: the first of them were fetched during the softmax.
+            ahead[i] = unit < a_.values ? keys_of(b.first + i + kKeysAhead, unit)
+                                        : values_of(b.first + i + kKeysAhead + kBlock, unit);
         }
         const int depth = b.map->depths[unit];
         if (depth > 0)
-            page_product(
+            a_.product(
                 {plies, ahead, b.pages, depth, a_.levels, a_.queries, x, x_stride, sum, out});
         else
             std::fill_n(out, b.pages * a_.queries * kHalf, 0);
@@ -116,7 +105,6 @@ class Coded {
 
     // The scores with a block of pages; returns how many they are.
     int scores(const Block& b) {
-        plan_ahead(b, false, 2 * a_.groups);
         const int queries = a_.queries;
         V scales[2 * kBlock];
         for (int g = 0; g < a_.groups; ++g) {
@@ -144,7 +132,6 @@ class Coded {
 
     // Adds the weighted values of a block of pages.
     int values(const Block& b) {
-        plan_ahead(b, true, 2 * a_.groups);
         const int queries = a_.queries;
         alignas(64) int8_t x[kBlock * kMaxQueries * kHalf];
         float factors[kBlock * kMaxQueries];
@@ -189,10 +176,10 @@ class Coded {
 
     const CodedAttention& a_;
     const Seen<CodedAttention> seen_;
+    const uint8_t* const* slot_;  // of what is seen
+    const SlotMap* map_;
     Scores scores_;
     alignas(64) int32_t products_[2][kBlock * kMaxQueries * kHalf];  // [pages][queries][kHalf]
-    Ahead ahead_[kBlock];
-    int portion_[kBlock];
 };
 
 }  // namespace

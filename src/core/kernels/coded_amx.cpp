@@ -276,7 +276,7 @@ void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor,
 
 void coded_product(const CodedProduct& p) {
     if (p.tokens < kFewTokens || p.block->runs.empty()) return avx512::coded_product(p);
-    fetch_pointers(*p.block);
+    fetch_pointers(*p.block, p.first, p.last);
     const Tiling tiling(p.tokens);
     configure(Config(tiling.rows));
     Batch batch;

@@ -167,7 +167,12 @@ void multiply(const Prepared& x, int g, int token, const Decoded& group, float* 
 // Many tokens: as many at a time as there are registers for their sums.
 template <int N>
 void many_tokens(const Strip& strip, const Run& run) {
-    constexpr int kBlock = N < kWideDepth ? 12 : 6;
+    constexpr int kBlock = N < kWideDepth ? 13 : 6;
+    using Block = void (*)(const Prepared&, int, int, const Decoded&, float*);
+    static constexpr auto kBlocks = []<int... T>(std::integer_sequence<int, T...>) {
+        return std::array<Block, kBlock>{multiply<N, T + 1>...};
+    }(std::make_integer_sequence<int, kBlock>{});
+    const int blocks = (strip.p.tokens + kBlock - 1) / kBlock;
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
     const __m512 steps = _mm512_load_ps(p.levels->steps);
@@ -183,50 +188,50 @@ void many_tokens(const Strip& strip, const Run& run) {
             decode<N>(planes, hi, lo, decoded.high, decoded.low);
             row_steps(block.codes[static_cast<size_t>(g)], static_cast<size_t>(s), steps,
                       decoded.step);
-            int t = 0;
-            for (; t + kBlock <= p.tokens; t += kBlock)
-                multiply<N, kBlock>(*p.x, g, t, decoded, sums);
-            if (kBlock > 6 && t + 6 <= p.tokens) {
-                multiply<N, 6>(*p.x, g, t, decoded, sums);
-                t += 6;
+            for (int t = 0, block = 0; block < blocks; ++block) {
+                const int size = p.tokens / blocks + (block < p.tokens % blocks);
+                kBlocks[static_cast<size_t>(size - 1)](*p.x, g, t, decoded, sums);
+                t += size;
             }
-            repeat<5>([&]<int i>() PLIANT_LAMBDA {
-                if (p.tokens - t == i + 1) multiply<N, i + 1>(*p.x, g, t, decoded, sums);
-            });
             repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
         }
     }
 }
 
-// Sums of Q vectors with 16 rows of a unit of a page. Either factor can be the unsigned one:
-// levels, as level + 128, or inputs that are not negative.
+// Sums of Q vectors with a unit of a page. Either factor can be the unsigned one: levels, as
+// level + 128, or inputs that are not negative.
 template <bool Signed, int Q>
 struct PageSums {
-    __m512i sum;
+    __m512i sum0, sum1;
     PageSums<Signed, Q - 1> rest;
     PLIANT_INLINE void start(const int32_t* sums) {
         if constexpr (Signed)
-            sum = _mm512_set1_epi32(-128 * *sums);
+            sum0 = sum1 = _mm512_set1_epi32(-128 * *sums);
         else
-            sum = _mm512_setzero_si512();
+            sum0 = sum1 = _mm512_setzero_si512();
         rest.start(sums + 1);
     }
-    PLIANT_INLINE void add(__m512i w, const int8_t* x) {
-        if constexpr (Signed)
-            add_product(sum, w, broadcast(x));
-        else
-            add_product(sum, broadcast(x), w);
-        rest.add(w, x + kHalf);
+    PLIANT_INLINE void add(__m512i w0, __m512i w1, const int8_t* at) {
+        const __m512i x = broadcast(at);
+        if constexpr (Signed) {
+            add_product(sum0, w0, x);
+            add_product(sum1, w1, x);
+        } else {
+            add_product(sum0, x, w0);
+            add_product(sum1, x, w1);
+        }
+        rest.add(w0, w1, at + kHalf);
     }
     PLIANT_INLINE void write(int32_t* out) const {
-        _mm512_storeu_si512(out, sum);
+        _mm512_store_si512(out, sum0);
+        _mm512_store_si512(out + 16, sum1);
         rest.write(out + kHalf);
     }
 };
 template <bool Signed>
 struct PageSums<Signed, 0> {
     PLIANT_INLINE void start(const int32_t*) {}
-    PLIANT_INLINE void add(__m512i, const int8_t*) {}
+    PLIANT_INLINE void add(__m512i, __m512i, const int8_t*) {}
     PLIANT_INLINE void write(int32_t*) const {}
 };
 
@@ -239,14 +244,13 @@ void page_pages(const PlyProduct& p) {
         fetch(p.ahead[page]);
         const uint8_t* planes[N];
         for (int i = 0; i < N; ++i) planes[i] = p.plies[page] + i * kUnitPly;
-        for (int tile = 0; tile < 2; ++tile) {
-            PageSums<Signed, Q> sums;
-            sums.start(p.sum);
-            const Bits<N> bits(planes, static_cast<size_t>(64 * tile));
-            repeat<8>([&]<int j>()
-                          PLIANT_LAMBDA { sums.add(table(bits.template at<j>()), x + 4 * j); });
-            sums.write(out + 16 * tile);
-        }
+        PageSums<Signed, Q> sums;
+        sums.start(p.sum);
+        const Bits<N> first(planes, 0), second(planes, 64);
+        repeat<8>([&]<int j>() PLIANT_LAMBDA {
+            sums.add(table(first.template at<j>()), table(second.template at<j>()), x + 4 * j);
+        });
+        sums.write(out);
     }
 }
 
@@ -288,10 +292,10 @@ void page_product(const PlyProduct& p) {
 void coded_product(const CodedProduct& p) {
     float* sums = reinterpret_cast<float*>(p.scratch);
     const int size = std::max(1, kMaxTokens / p.tokens), stride = p.tokens * kSupertile;
-    fetch_pointers(*p.block);
+    fetch_pointers(*p.block, p.first, p.last);
+    Scout scout(*p.block, p.first, p.last, size);
     for (int first = p.first; first < p.last; first += size) {
         const int last = std::min(first + size, p.last);
-        Scout scout(*p.block, first, last);
         const Strip strip{p, first, last, sums, scout};
         std::fill_n(sums, (last - first) * stride, 0.0f);
         for (const Run& run : p.block->runs)

@@ -18,11 +18,12 @@ namespace pliant {
 namespace {
 
 Kernels make(const char* name, void (*fill_ops)(Kernels&),
-             void (*coded_product)(const CodedProduct&)) {
+             void (*coded_product)(const CodedProduct&), void (*page_product)(const PlyProduct&)) {
     Kernels kernels{};
     fill_ops(kernels);
     kernels.name = name;
     kernels.coded_product = coded_product;
+    kernels.page_product = page_product;
     kernels.coded_row = plain::coded_row;
     return kernels;
 }
@@ -61,13 +62,15 @@ bool has_amx() {
 }  // namespace
 
 const Kernels& plain_kernels() {
-    static const Kernels kernels = make("plain", plain::fill_ops, plain::coded_product);
+    static const Kernels kernels =
+        make("plain", plain::fill_ops, plain::coded_product, plain::page_product);
     return kernels;
 }
 
 const Kernels* avx2_kernels() {
 #if defined(__x86_64__)
-    static const Kernels kernels = make("avx2", avx2::fill_ops, avx2::coded_product);
+    static const Kernels kernels =
+        make("avx2", avx2::fill_ops, avx2::coded_product, avx2::page_product);
     return has_avx2() ? &kernels : nullptr;
 #else
     return nullptr;
@@ -76,7 +79,8 @@ const Kernels* avx2_kernels() {
 
 const Kernels* avx_vnni_kernels() {
 #if defined(PLIANT_AVX_VNNI)
-    static const Kernels kernels = make("avxvnni", avx2::fill_ops, avxvnni::coded_product);
+    static const Kernels kernels =
+        make("avxvnni", avx2::fill_ops, avxvnni::coded_product, avxvnni::page_product);
     return has_avx_vnni() ? &kernels : nullptr;
 #else
     return nullptr;
@@ -85,7 +89,8 @@ const Kernels* avx_vnni_kernels() {
 
 const Kernels* avx512_kernels() {
 #if defined(__x86_64__)
-    static const Kernels kernels = make("avx512", avx512::fill_ops, avx512::coded_product);
+    static const Kernels kernels =
+        make("avx512", avx512::fill_ops, avx512::coded_product, avx512::page_product);
     return has_avx512() ? &kernels : nullptr;
 #else
     return nullptr;
@@ -95,7 +100,8 @@ const Kernels* avx512_kernels() {
 const Kernels* amx_kernels() {
 #if defined(PLIANT_AMX)
     static const bool usable = has_amx();
-    static const Kernels kernels = make("amx", avx512::fill_ops, amx::coded_product);
+    static const Kernels kernels =
+        make("amx", avx512::fill_ops, amx::coded_product, avx512::page_product);
     return usable ? &kernels : nullptr;
 #else
     return nullptr;

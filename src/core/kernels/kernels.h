@@ -151,10 +151,13 @@ struct CodedAttention {
     int keys, values;            // the first units
     const LevelTables* levels;
     float softcap;
-    const struct Attended* out;  // [queries]
-    // What will be read after this, fetched while the last pages are multiplied.
-    const Ahead* then = nullptr;
-    int then_count = 0;
+    const struct Attended* out;          // [queries]
+    void (*product)(const PlyProduct&);  // of the instruction set
+    // What will be read after this, and is fetched while the last values are multiplied: keys, from
+    // this unit on.
+    int then_keys = 0, then_pages = 0;
+    const uint8_t* const* then_slot = nullptr;  // [then_pages]
+    const SlotMap* then_map = nullptr;
 };
 
 // What a query has drawn from some of the positions: Σ e^(score - best) · value, padded to 16, and
@@ -166,10 +169,19 @@ struct Attended {
 constexpr int kMaxQueries = 8;     // of coded pages
 constexpr int kExactQueries = 12;  // of exact pages
 constexpr int kMaxHeadDim = 1024;
-// Positions go through attention in parts of this many pages, counted from the beginning of the
-// sequence. Parts may be computed by several threads, and are always added up in order.
-constexpr int kPartPages = 16;
+// Positions go through attention in parts, counted from the beginning of the sequence: two of half
+// the size, so that a short context can be divided among threads, and then whole ones. Parts are
+// always added up in order, whoever computed them.
+constexpr int kPartPages = 16;  // at most
 constexpr int kPartTokens = kPartPages * kPageTokens;
+constexpr int kHalfParts = 2;
+constexpr int part_of(int page) {
+    constexpr int kPages = kHalfParts * kPartPages / 2;
+    return page < kPages ? page / (kPartPages / 2) : kHalfParts + (page - kPages) / kPartPages;
+}
+constexpr int part_begin(int part) {
+    return part < kHalfParts ? part * kPartPages / 2 : (part - kHalfParts / 2) * kPartPages;
+}
 
 enum class Activation { kSilu, kGeluTanh, kGelu };
 
@@ -178,6 +190,7 @@ struct Kernels {
 
     void (*prepare)(const Preparing&);
     void (*coded_product)(const CodedProduct&);
+    void (*page_product)(const PlyProduct&);
     void (*plain_product)(const PlainProduct&);
     // One row of a coded block, in source column order: out[columns].
     void (*coded_row)(const CodedBlock& block, const LevelTables& levels, int row,

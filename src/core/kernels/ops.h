@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "unroll.h"
 
 namespace pliant {
 
@@ -9,7 +10,7 @@ namespace pliant {
 constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23
 
 // Into the second cache: the first has too few places for lines on their way.
-inline void fetch(const Ahead& ahead) {
+PLIANT_INLINE void fetch(const Ahead& ahead) {
     for (int i = 0; i < ahead.bytes; i += 64) __builtin_prefetch(ahead.from + i, 0, 1);
 }
 
@@ -36,8 +37,9 @@ void coded_product(const CodedProduct& product);
 }  // namespace avx2
 
 namespace avxvnni {
+void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
-}
+}  // namespace avxvnni
 
 namespace avx512 {
 void fill_ops(Kernels& kernels);

@@ -137,6 +137,11 @@ struct Signed {
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
+    // Of an input that is not negative with signed levels.
+    static PLIANT_INLINE void add_positive(__m256i& sum, __m256i w, __m256i x) {
+        const __m256i pairs = _mm256_maddubs_epi16(x, w);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
 };
 
 // Levels are unsigned, level + 128; the 128 is taken out again through the sum of the inputs.
@@ -148,6 +153,7 @@ struct Unsigned {
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
         asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
     }
+    static PLIANT_INLINE void add_positive(__m256i& sum, __m256i w, __m256i x) { add(sum, x, w); }
 };
 
 }  // namespace pliant::avx2

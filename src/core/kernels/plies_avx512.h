@@ -70,7 +70,10 @@ struct Bits {
 
     PLIANT_INLINE Bits(const uint8_t* const* planes, size_t offset) {
         __m512i v[N];
-        repeat<N>([&]<int i>() PLIANT_LAMBDA { v[i] = _mm512_load_si512(planes[i] + offset); });
+        repeat<N>([&]<int i>() PLIANT_LAMBDA {
+            v[i] = _mm512_load_si512(planes[i] + offset);
+            asm("" : "+v"(v[i]));
+        });
         nibbles<(N < 4 ? N : 4)>(v, low);
         if constexpr (N == 5) {  // one or two bits for each vector, at bit 0, 2, 4, 6 of the bytes
             high[0] = v[4];

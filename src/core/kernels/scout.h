@@ -2,25 +2,30 @@
 // itself: what is compiled for one instruction set must not be shared with another.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "unroll.h"
 
 namespace pliant {
 namespace {
 
-// Goes through the plies of the supertiles [first, last) of a block, group after group, some way
-// ahead of the product that reads them in this order. A ply of a task is a few KB, too short for
-// the processor to find a stream in it, and the next one, of another depth, is somewhere else.
+// Goes through the plies of the supertiles [first, last) of a block, strip after strip of `size`,
+// and in a strip group after group, some way ahead of the product that reads them in this order. A
+// ply of a task is a few KB, too short for the processor to find a stream in it, and the next one,
+// of another depth, is somewhere else.
 class Scout {
   public:
     // Begins with what is on its way at any time: a core gets 25 to 30 bytes a nanosecond, and a
     // line takes 100 to 200.
-    Scout(const CodedBlock& block, int first, int last)
+    Scout(const CodedBlock& block, int first, int last, int size)
         : block_(block),
           run_(block.runs.data()),
           end_(run_ + block.runs.size()),
+          size_(size),
           first_(first),
-          last_(last) {
+          last_(std::min(first + size, last)),
+          stop_(last) {
         if (run_ == end_) return;
         enter(run_->first);
         go(kAhead);
@@ -85,11 +90,17 @@ class Scout {
             enter(group_ + 1);
         else if (++run_ != end_)
             enter(run_->first);
+        else if (last_ < stop_) {
+            first_ = last_;
+            last_ = std::min(first_ + size_, stop_);
+            run_ = block_.runs.data();
+            enter(run_->first);
+        }
     }
 
     const CodedBlock& block_;
     const Run *run_, *end_;
-    int first_, last_;
+    int size_, first_, last_, stop_;
     const uint8_t* const* planes_ = nullptr;
     const uint8_t* codes_ = nullptr;
     int group_ = 0, supertile_ = 0, depth_ = 0;
@@ -113,9 +124,14 @@ PLIANT_INLINE void planes_of(const CodedBlock& block, int g, int supertile,
                     static_cast<size_t>(supertile) * 256;
 }
 
-// The pointers to plies and codes: since they were used last, all the other plies have gone through
-// the caches.
-inline void fetch_pointers(const CodedBlock& block) {
+// The pointers to plies and codes, and the scales of the rows: since they were used last, all the
+// other plies have gone through the caches. Inlined by force: GCC takes away calls of functions
+// that do nothing but fetch.
+PLIANT_INLINE void fetch_pointers(const CodedBlock& block, int first, int last) {
+    for (int s = first; s < last; ++s) {
+        __builtin_prefetch(block.row_scale + s * kSupertile, 0, 2);
+        __builtin_prefetch(block.row_scale + s * kSupertile + 16, 0, 2);
+    }
     for (int g = 0; g < block.groups; ++g) {
         __builtin_prefetch(&block.planes[static_cast<size_t>(g * kMaxDepth)]);
         if (g % 8 == 0) __builtin_prefetch(&block.codes[static_cast<size_t>(g)]);

@@ -286,7 +286,7 @@ class Cache(Room):
                     f"the context is full: it holds {self.context} tokens, and {after} were to be "
                     "in it; a larger budget or context holds more"
                 )
-            if after > (entry.promised or 0):  # what was promised has room
+            if after > self._counted(entry):
                 wanted[sequence] = after
         if wanted and not self._make_room(wanted, sequences):
             raise CacheFull(
@@ -389,6 +389,13 @@ class Cache(Room):
             if not self.prefixes.evict(-(-size // self._sizes.kv_page_bytes)):
                 self._park(idle.pop()[1])
         return True
+
+    def _counted(self, entry: Entry) -> int:
+        """How many tokens a sequence may have without any more room: what was promised to it, and
+        the rest of the page that it goes on in."""
+        if entry.parked is not None:
+            return entry.promised or 0
+        return max(entry.promised or 0, -(-entry.length // self.page_tokens) * self.page_tokens)
 
     def _park(self, sequence: int) -> None:
         """Write a sequence to disk. An answer that cannot be written is emptied; EngineError for a
