@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pliant._core import sample
+from pliant._core import cpu_isa, sample
 from pliant.engine.sampling import Sampling, new_seed
 from pliant.errors import EngineError, UsageError
 
@@ -98,8 +98,29 @@ def test_the_draw_is_where_the_random_number_falls(
     if ties:
         logits = np.round(logits)
     options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    found = sample(logits, temperature=temperature, seed=seed, position=position, **options)
-    assert found in slow_choices(logits, temperature, u=uniform(seed, position), **options)
+    options |= {"temperature": temperature}
+    found = {
+        isa: sample(logits, seed=seed, position=position, isa=isa, **options)
+        for isa in cpu_isa()
+    }
+    assert len(set(found.values())) == 1, found
+    assert found["plain"] in slow_choices(logits, u=uniform(seed, position), **options)
+
+
+@pytest.mark.parametrize("isa", cpu_isa())
+def test_what_many_unlikely_tokens_have_together_counts(isa: str) -> None:
+    """One token has a third of the probability, 65,536 others the rest, each 1e-5 of the whole."""
+    logits = np.full(65_537, -math.log(32_768), np.float32)
+    logits[40_000] = 0.0
+    options: dict[str, Any] = {"temperature": 1.0, "isa": isa}
+    drawn = [sample(logits, seed=1, position=i, **options) for i in range(900)]
+    assert 0.28 < drawn.count(40_000) / len(drawn) < 0.39
+    assert len(set(drawn)) > 550
+    within = [sample(logits, seed=2, position=i, top_p=0.3, **options) for i in range(20)]
+    assert set(within) == {40_000}
+    first = [sample(logits, seed=3, position=i, top_k=101, **options) for i in range(3000)]
+    assert set(first) - {40_000} <= set(range(100))
+    assert 0 < first.count(40_000) < len(first)
 
 
 def test_frequencies_follow_the_probabilities() -> None:

@@ -34,6 +34,7 @@ from common import (
 
 ROUNDS = 5
 BATCH = 8
+PAUSE = 0.5  # seconds: by then the threads of the one before, which spin for some time, are asleep
 Step = Callable[[], None]
 
 
@@ -136,6 +137,7 @@ def race(racers: list[Racer]) -> None:
     """A round that is not counted, then those that are."""
     for number in range(ROUNDS + 1):
         for racer in racers:
+            time.sleep(PAUSE)
             rates = racer.run()
             if number:
                 racer.rounds.append(rates)

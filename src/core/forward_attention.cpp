@@ -44,15 +44,19 @@ void Forward::plan_attention() {
     for (int t = 1; t < tokens_; ++t)
         if (at(chunk_, t).sequence == at(chunk_, t - 1).sequence) singles_ = false;
     if (alone_) {  // the threads share the positions
-        const int last = part_of(at(chunk_, 0).position / kPageTokens);
+        const int newest = at(chunk_, 0).position / kPageTokens, last = part_of(newest);
         const auto add = [&](int first_part, int last_part) {
             for (int h = 0; h < m_.kv_heads; ++h)
                 for (int q = 0; q < group_; q += kMaxQueries)
                     for (int part = first_part; part <= last_part; ++part)
                         tasks_.push_back({h, q, std::min(q + kMaxQueries, group_), part});
         };
-        add(0, last - 1);
-        add(last, last);  // short ones come last
+        // Long ones come first.
+        const bool shortest = newest + 1 - part_begin(last) <= kPartPages / 2;
+        add(kHalfParts, last - 1);
+        if (!shortest) add(last, last);
+        add(0, std::min(kHalfParts, last) - 1);
+        if (shortest) add(last, last);
         return;
     }
     // As many queries in a task as possible, fewer if there are few.

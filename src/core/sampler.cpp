@@ -1,9 +1,9 @@
 #include "sampler.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
-#include <limits>
 #include <string>
 
 #include "error.h"
@@ -12,9 +12,11 @@ namespace pliant {
 
 namespace {
 
-constexpr size_t kClasses = 4096;
-constexpr float kRange = 40;  // in nats below the likeliest token; what lies deeper is never drawn
-constexpr size_t kBlock = 512;  // tokens looked at together, so that the compiler can use vectors
+// Distances in nats below the likeliest token. First comes the mass of all tokens up to each of
+// these; only the tokens between two of them are then looked at one by one. What lies beyond the
+// last one is never drawn.
+using Edges = std::array<float, kLogitEdges>;
+constexpr Edges kEdges = {3, 5, 7, 9, 11, 13, 16, 40};
 
 // e^-d for d from 0 to 80 with a relative error below 5e-6: 2^x by its Taylor series around the
 // nearest whole exponent.
@@ -25,42 +27,6 @@ inline float exp_minus(float d) {
     const float sum =
         1 + f * (1 + f * (1 / 2.f + f * (1 / 6.f + f * (1 / 24.f + f * (1 / 120.f + f / 720.f)))));
     return sum * std::bit_cast<float>((whole + 127) << 23);
-}
-
-// How far tokens are below the likeliest, in nats, and which class that makes. The same for a block
-// and for one.
-struct Distance {
-    float best, per_nat, range, scale;
-
-    // At most 80, so that what follows cannot overflow; also for logits that are not a number.
-    float of(float logit) const {
-        const float d = (best - logit) * per_nat;
-        return d < 80 ? d : 80;
-    }
-    int32_t class_of(float d) const { return static_cast<int32_t>(d * scale); }
-};
-
-// The largest and the smallest number among the logits; the logits that are no number are passed
-// over.
-std::pair<float, float> extremes(std::span<const float> logits) {
-    constexpr float kEnd = std::numeric_limits<float>::infinity();
-    constexpr size_t kLanes = 16;
-    float high[kLanes], low[kLanes];
-    std::fill_n(high, kLanes, -kEnd);
-    std::fill_n(low, kLanes, kEnd);
-    size_t i = 0;
-    for (; i + kLanes <= logits.size(); i += kLanes) {
-        for (size_t j = 0; j < kLanes; ++j) {
-            const float x = logits[i + j];
-            high[j] = x > high[j] ? x : high[j];
-            low[j] = x < low[j] ? x : low[j];
-        }
-    }
-    for (; i < logits.size(); ++i) {
-        high[0] = logits[i] > high[0] ? logits[i] : high[0];
-        low[0] = logits[i] < low[0] ? logits[i] : low[0];
-    }
-    return {*std::max_element(high, high + kLanes), *std::min_element(low, low + kLanes)};
 }
 
 uint64_t splitmix(uint64_t x) {
@@ -133,6 +99,54 @@ void penalise(Overlay& overlay, std::span<const float> logits, const SamplerOpti
     }
 }
 
+// How many of the likeliest tokens have a mass, and what they have together.
+struct Reached {
+    size_t count;
+    double sum;
+};
+
+// Tokens from the likeliest on, equals by id.
+struct Likeliest {
+    const LogitDistances& of;
+
+    bool operator()(int32_t a, int32_t b) const {
+        return of.logits[a] > of.logits[b] || (of.logits[a] == of.logits[b] && a < b);
+    }
+
+    double mass(std::span<const int32_t> ids) const {
+        double sum = 0;
+        for (const int32_t id : ids)
+            sum += static_cast<double>(exp_minus((of.best - of.logits[id]) * of.per_nat));
+        return sum;
+    }
+
+    // Brings the likeliest to the front of `ids`, not empty, until their masses first add up to
+    // `target`, or to all of them. Halves what is left again and again: O(n).
+    Reached reach(std::span<int32_t> ids, double target) const {
+        constexpr size_t kFew = 16;
+        double sum = 0;
+        std::span<int32_t> open = ids;  // among these is the last one
+        while (open.size() > kFew) {
+            const size_t half = open.size() / 2;
+            std::nth_element(open.begin(), open.begin() + static_cast<ptrdiff_t>(half), open.end(),
+                             *this);
+            const double likelier = mass(open.first(half));
+            if (sum + likelier >= target) {
+                open = open.first(half);
+            } else {
+                open = open.subspan(half);
+                sum += likelier;
+            }
+        }
+        std::sort(open.begin(), open.end(), *this);
+        for (size_t i = 0;; ++i) {
+            sum += mass(open.subspan(i, 1));
+            if (sum >= target || i + 1 == open.size())
+                return {static_cast<size_t>(open.data() - ids.data()) + i + 1, sum};
+        }
+    }
+};
+
 }  // namespace
 
 double uniform(uint64_t seed, uint64_t position) {
@@ -155,116 +169,80 @@ int32_t Sampler::sample(std::span<float> logits, const SamplerOptions& options,
 
 int32_t Sampler::draw(std::span<const float> logits, const SamplerOptions& options, uint64_t seed,
                       uint64_t position) {
-    const auto [best, lowest] = extremes(logits);
-    if (!(best > -std::numeric_limits<float>::infinity()))
-        throw EngineError("no token can be drawn: no logit is a number");
-    if (options.temperature == 0 || options.top_k == 1 || std::isinf(best))
-        return static_cast<int32_t>(std::find(logits.begin(), logits.end(), best) - logits.begin());
+    const auto count = static_cast<int>(logits.size());
+    const LogitPeak peak = kernels_.peak(logits.data(), count);
+    if (peak.index < 0) throw EngineError("no token can be drawn: no logit is a number");
+    if (options.temperature == 0 || options.top_k == 1 || std::isinf(peak.logit)) return peak.index;
 
-    Distance distance{best, 1 / std::max(options.temperature, 1e-6f), kRange, 0};
-    if (options.min_p > 0) distance.range = std::min(kRange, -std::log(options.min_p));
-    const float widest = std::min(distance.of(lowest), distance.range);
-    // The last class takes in what rounding puts at its end.
-    if (widest > 0) distance.scale = static_cast<float>(kClasses - 1) / widest;
+    const LogitDistances distances{logits.data(), count, peak.logit,
+                                   1 / std::max(options.temperature, 1e-6f)};
+    Edges edges = kEdges;
+    if (options.min_p > 0) {  // a token with just this part is kept
+        const float range = std::nextafter(-std::log(options.min_p), kEdges.back());
+        for (float& edge : edges) edge = std::min(edge, range);
+    }
+    const double u = uniform(seed, position);
+    const Likeliest order{distances};
 
-    // Tokens fall into classes by their distance. Classes are read in order, and only the few in
-    // which something is decided are opened and sorted.
-    classes_.assign(kClasses, {});
-    float d[kBlock], mass[kBlock];
-    int32_t index_of[kBlock];
-    auto for_blocks = [&](auto&& use) {
-        for (size_t start = 0; start < logits.size(); start += kBlock) {
-            const size_t count = std::min(kBlock, logits.size() - start);
-            for (size_t j = 0; j < count; ++j) {
-                d[j] = distance.of(logits[start + j]);
-                index_of[j] = distance.class_of(d[j]);
-            }
-            use(start, count);
-        }
-    };
-    const bool all = options.top_k == 0;
-    for_blocks([&](size_t, size_t count) {
-        if (all)
-            for (size_t j = 0; j < count; ++j) mass[j] = exp_minus(d[j]);
-        for (size_t j = 0; j < count; ++j) {
-            if (!(d[j] <= distance.range)) continue;
-            Class& c = classes_[static_cast<size_t>(index_of[j])];
-            ++c.count;
-            if (all) c.mass += static_cast<double>(mass[j]);
-        }
-    });
-    // What is kept: all classes before `end`, and the first `part` tokens of class `end`, at least
-    // one.
-    size_t end = kClasses - 1;
-    while (classes_[end].count == 0) --end;
-    size_t part = classes_[end].count;
     if (options.top_k > 0) {
-        auto room = static_cast<size_t>(options.top_k);
-        size_t index = 0;
-        while (index < end && classes_[index].count < room) room -= classes_[index++].count;
-        end = index;  // not empty: the count is at least the room, or it is the last one
-        part = std::min(room, classes_[index].count);
-    }
-    if (!all) {  // masses only of what is left
-        for_blocks([&](size_t, size_t count) {
-            for (size_t j = 0; j < count; ++j) {
-                if (d[j] <= distance.range && index_of[j] <= static_cast<int32_t>(end))
-                    classes_[static_cast<size_t>(index_of[j])].mass +=
-                        static_cast<double>(exp_minus(d[j]));
-            }
-        });
+        const auto k = static_cast<size_t>(options.top_k);
+        std::span<int32_t> kept;
+        for (const float edge : edges)  // as few as there can be
+            if (kept = within(distances, 0, edge); kept.size() >= k) break;
+        if (kept.size() > k) {
+            std::nth_element(kept.begin(), kept.begin() + options.top_k, kept.end(), order);
+            kept = kept.first(k);
+        }
+        double total = order.mass(kept);
+        if (options.top_p < 1) {
+            const Reached cut = order.reach(kept, static_cast<double>(options.top_p) * total);
+            kept = kept.first(cut.count);
+            total = cut.sum;
+        }
+        return kept[order.reach(kept, u * total).count - 1];
     }
 
-    // The tokens of a class from the likeliest on, equals by id.
-    auto open = [&](size_t index) {
-        members_.clear();
-        for_blocks([&](size_t start, size_t count) {
-            for (size_t j = 0; j < count; ++j) {
-                if (index_of[j] == static_cast<int32_t>(index) && d[j] <= distance.range)
-                    members_.push_back(static_cast<int32_t>(start + j));
-            }
-        });
-        std::sort(members_.begin(), members_.end(), [&](int32_t a, int32_t b) {
-            const float x = logits[static_cast<size_t>(a)], y = logits[static_cast<size_t>(b)];
-            return x > y || (x == y && a < b);
-        });
-    };
-    auto mass_of = [&](int32_t id) {
-        return static_cast<double>(exp_minus(distance.of(logits[static_cast<size_t>(id)])));
-    };
-    double total = 0;
-    for (size_t index = 0; index < end; ++index) total += classes_[index].mass;
-    if (part == classes_[end].count) {
-        total += classes_[end].mass;
-    } else {
-        open(end);
-        for (size_t i = 0; i < part; ++i) total += mass_of(members_[i]);
-    }
-    // Where the sum of the masses in order first reaches `target`: a class, which is left open, and
-    // a place in it. By rounding the target may lie beyond the end; then it is the last token kept.
+    std::array<double, kLogitEdges> sums;
+    kernels_.mass_within(distances, edges.data(), sums.data());
+    // The tokens among which the masses, from the likeliest on, reach `target`, and what they
+    // reach.
     struct Place {
-        size_t index, member;
-        double sum;  // with the token itself
+        size_t band;
+        std::span<int32_t> ids;
+        Reached reached;
     };
-    auto reach = [&](double target) {
-        double sum = 0;
-        size_t index = 0;
-        while (index < end && (classes_[index].count == 0 || sum + classes_[index].mass < target))
-            sum += classes_[index++].mass;
-        open(index);
-        const size_t count = index == end ? part : members_.size();
-        for (size_t i = 0;; ++i) {
-            sum += mass_of(members_[i]);
-            if (sum >= target || i + 1 == count) return Place{index, i, sum};
-        }
+    const auto find = [&](double target) {
+        // By rounding the target may lie beyond the end.
+        const auto reached =
+            std::lower_bound(sums.begin(), sums.end(), std::min(target, sums.back()));
+        const auto band = static_cast<size_t>(reached - sums.begin());
+        const std::span<int32_t> ids =
+            within(distances, band == 0 ? 0 : edges[band - 1], edges[band]);
+        return Place{band, ids, order.reach(ids, target - (band == 0 ? 0 : sums[band - 1]))};
     };
-    if (options.top_p < 1) {
-        const Place cut = reach(static_cast<double>(options.top_p) * total);
-        end = cut.index;
-        part = cut.member + 1;
-        total = cut.sum;
+    if (options.top_p == 1) {
+        const Place drawn = find(u * sums.back());
+        return drawn.ids[drawn.reached.count - 1];
     }
-    return members_[reach(uniform(seed, position) * total).member];
+    const Place cut = find(static_cast<double>(options.top_p) * sums.back());
+    const double before = cut.band == 0 ? 0 : sums[cut.band - 1];
+    const double target = u * (before + cut.reached.sum);
+    if (target > before) {
+        const std::span<int32_t> kept = cut.ids.first(cut.reached.count);
+        return kept[order.reach(kept, target - before).count - 1];
+    }
+    const Place drawn = find(target);
+    return drawn.ids[drawn.reached.count - 1];
+}
+
+std::span<int32_t> Sampler::within(const LogitDistances& distances, float from, float to) {
+    const auto most = static_cast<size_t>(distances.count);
+    if (ids_size_ < most) {
+        ids_ = std::make_unique_for_overwrite<int32_t[]>(most);
+        ids_size_ = most;
+    }
+    const int found = kernels_.places_within(distances, from, to, ids_.get());
+    return {ids_.get(), static_cast<size_t>(found)};
 }
 
 }  // namespace pliant

@@ -4,9 +4,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
+
+#include "kernels/kernels.h"
 
 namespace pliant {
 
@@ -31,24 +35,26 @@ struct SamplerContext {
 
 class Sampler {
   public:
-    // Draws one token id. `logits` is changed where penalties and biases apply, and restored before
-    // returning. Biases and penalties come first, then the temperature, min_p, top_k and top_p.
-    // Tokens less likely than e^-40 times the likeliest are never drawn. O(vocabulary); memory for
-    // 4,096 classes, and 4 bytes for each token of the few classes that are looked at closely.
-    // Throws UsageError for options without meaning and for ids outside the vocabulary, EngineError
-    // if no logit is finite.
+    explicit Sampler(const std::string& isa) : kernels_(select_kernels(isa)) {}
+
+    // Draws one token id, the same with any instruction set. `logits` is changed where penalties
+    // and biases apply, and restored before returning. Biases and penalties come first, then the
+    // temperature, min_p, top_k and top_p. Tokens less likely than e^-40 times the likeliest are
+    // never drawn. O(vocabulary), in a few passes; memory for 4 bytes for each of the tokens
+    // that are looked at one by one. Throws UsageError for options without meaning and for ids
+    // outside the vocabulary, EngineError if no logit is finite.
     int32_t sample(std::span<float> logits, const SamplerOptions& options,
                    const SamplerContext& context, uint64_t seed, uint64_t position);
 
   private:
     int32_t draw(std::span<const float> logits, const SamplerOptions& options, uint64_t seed,
                  uint64_t position);
-    struct Class {
-        double mass = 0;
-        size_t count = 0;
-    };
-    std::vector<Class> classes_;
-    std::vector<int32_t> members_;
+    // Token ids at distances from <= d < to; until the next call.
+    std::span<int32_t> within(const LogitDistances& distances, float from, float to);
+
+    const Kernels& kernels_;
+    std::unique_ptr<int32_t[]> ids_;  // not set to anything: only what is used takes memory
+    size_t ids_size_ = 0;
 };
 
 // A number in [0, 1) with 53 bits that depends on both arguments only: two rounds of SplitMix64

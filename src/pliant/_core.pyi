@@ -37,6 +37,7 @@ def sample(
     history: npt.NDArray[np.int32] | None = None,
     prompt: int = 0,
     bias: list[tuple[int, float]] = ...,
+    isa: str = "auto",
 ) -> int:
     """Draw a token id from float32 [vocabulary]; see src/core/sampler.h."""
 

@@ -68,6 +68,9 @@ struct Batch {
     alignas(64) float factors[kBatch][kMaxTokens];
     __m512 step[kBatch][2];
     int group[kBatch];
+    // The lines of the batch that is decoded next: each is the first of four.
+    const uint8_t* next[kBatch * (kMaxDepth + 1)];
+    int nexts = 0;
 };
 
 // The batches of a product in their order: a strip of supertiles, as many as their sums have room
@@ -130,12 +133,12 @@ class Cursor {
 // Decodes the groups at a place, and fetches what will be decoded later.
 void decode(const CodedProduct& p, const Cursor& cursor, const Cursor& later, Batch& batch) {
     const CodedBlock& block = *p.block;
+    batch.nexts = 0;
     if (!later.ended())
         later.each([&](int, int g, int depth) {
             const uint8_t* const* planes = &block.planes[static_cast<size_t>(g * kMaxDepth)];
             for (int ply = 0; ply < depth; ++ply)
-                for (int line = 0; line < 4; ++line)
-                    fetch(planes[ply] + later.supertile * 256 + 64 * line);
+                batch.next[batch.nexts++] = planes[ply] + later.supertile * 256;
             fetch(block.codes[static_cast<size_t>(g)] + later.supertile * 16);
         });
     const size_t tile = static_cast<size_t>(cursor.supertile);
@@ -228,8 +231,11 @@ void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor,
     float* out = p.out + (cursor.supertile - p.first) * kSupertile;
     const bool begin = cursor.first, end = cursor.last;
     Room room;
+    int ahead = 0;
     for (int tile = 0; tile < tiling.count; ++tile) {
         const int first = tiling.first(tile);
+        for (; ahead < batch.nexts * (tile + 1) / tiling.count; ++ahead)
+            for (int line = 0; line < 4; ++line) fetch(batch.next[ahead] + 64 * line);
         make_products<Wide, Count>(*p.x, first, batch, room);
         for (int t = tile * kTileRows, row = t - first; row < tiling.rows; ++t, ++row) {
             float* sum = sums + t * kSupertile;

@@ -183,6 +183,21 @@ constexpr int part_begin(int part) {
     return part < kHalfParts ? part * kPartPages / 2 : (part - kHalfParts / 2) * kPartPages;
 }
 
+// The largest of some logits, and the first place that has it: -1 if there is none above -infinity.
+// What is no number is passed over.
+struct LogitPeak {
+    float logit;
+    int index;
+};
+
+// How far logits are below the best one, in nats: (best - x) · per_nat.
+struct LogitDistances {
+    const float* logits;
+    int count;
+    float best, per_nat;
+};
+constexpr int kLogitEdges = 8;
+
 enum class Activation { kSilu, kGeluTanh, kGelu };
 
 struct Kernels {
@@ -219,6 +234,13 @@ struct Kernels {
     void (*attend_more)(const Attended& more, int head_dim, const Attended& sum);
     // The weighted mean of the values: out[head_dim].
     void (*attend_mean)(const Attended& sum, int head_dim, float* out);
+
+    LogitPeak (*peak)(const float* logits, int count);
+    // sums[k] = Σ e^-d of the logits at distances d < edges[k]: [kLogitEdges], in rising order. The
+    // sums of two edges are the same if there is no logit between them.
+    void (*mass_within)(const LogitDistances& distances, const float* edges, double* sums);
+    // The places of the logits at distances from <= d < to, in rising order: how many.
+    int (*places_within)(const LogitDistances& distances, float from, float to, int32_t* places);
 };
 
 const Kernels& plain_kernels();

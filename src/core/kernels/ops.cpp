@@ -136,6 +136,7 @@ void fill_ops(Kernels& k) {
     fill_inputs(k);
     fill_attention(k);
     fill_coding(k);
+    fill_logits(k);
 }
 
 }  // namespace pliant::PLIANT_ISA

@@ -61,6 +61,13 @@ inline V zero_below(V a, V x, float limit) {  // x < limit ? 0 : a
     const __mmask16 keep = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ);
     return {_mm512_maskz_mov_ps(keep, a.v)};
 }
+inline V add_below(V sum, V a, V x, float limit) {  // x < limit ? sum + a : sum
+    const __mmask16 below = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_LT_OQ);
+    return {_mm512_mask_add_ps(sum.v, below, sum.v, a.v)};
+}
+inline unsigned lanes_below(V a, float limit) {  // bit i: lane i < limit
+    return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_LT_OQ);
+}
 inline V abs(V a) { return {_mm512_abs_ps(a.v)}; }
 // The larger one of values that are not negative; what is no number is larger than all numbers.
 inline V max_bits(V a, V b) {
@@ -156,6 +163,18 @@ inline V zero_below(V a, V x, float limit) {
     const __m256 l = _mm256_set1_ps(limit);
     return {_mm256_and_ps(a.a, _mm256_cmp_ps(x.a, l, _CMP_NLT_UQ)),
             _mm256_and_ps(a.b, _mm256_cmp_ps(x.b, l, _CMP_NLT_UQ))};
+}
+inline V add_below(V sum, V a, V x, float limit) {  // sums are not negative: + 0 changes nothing
+    const __m256 l = _mm256_set1_ps(limit);
+    return {_mm256_add_ps(sum.a, _mm256_and_ps(a.a, _mm256_cmp_ps(x.a, l, _CMP_LT_OQ))),
+            _mm256_add_ps(sum.b, _mm256_and_ps(a.b, _mm256_cmp_ps(x.b, l, _CMP_LT_OQ)))};
+}
+inline unsigned lanes_below(V x, float limit) {
+    const auto part = [&](__m256 p) {
+        const __m256 below = _mm256_cmp_ps(p, _mm256_set1_ps(limit), _CMP_LT_OQ);
+        return static_cast<unsigned>(_mm256_movemask_ps(below));
+    };
+    return part(x.a) | part(x.b) << 8;
 }
 inline V abs(V x) {
     const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -260,6 +279,14 @@ inline V scale2(const V& a, const V& n) {
 inline V one_from(const V& a, float limit) { PLIANT_EACH(a.f[i] >= limit ? 1.0f : 0.0f); }
 inline V zero_below(const V& a, const V& x, float limit) {
     PLIANT_EACH(x.f[i] < limit ? 0.0f : a.f[i]);
+}
+inline V add_below(const V& sum, const V& a, const V& x, float limit) {
+    PLIANT_EACH(x.f[i] < limit ? sum.f[i] + a.f[i] : sum.f[i]);
+}
+inline unsigned lanes_below(const V& a, float limit) {
+    unsigned below = 0;
+    for (unsigned i = 0; i < kLanes; ++i) below |= (a.f[i] < limit ? 1u : 0u) << i;
+    return below;
 }
 inline V abs(const V& a) { PLIANT_EACH(std::fabs(a.f[i])); }
 inline V max_bits(const V& a, const V& b) {
