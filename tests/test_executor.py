@@ -224,6 +224,15 @@ def test_logits_do_not_depend_on_company_cuts_or_threads(pack: Pack, data: st.Da
     assert executor.kv_pages_used == 0
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 9, 17])
+def test_many_tokens_are_divided_among_threads(pack: Pack, threads: int) -> None:
+    """By tokens, then by rows: parts that end where they like, more of them than threads, fewer."""
+    ids = some_ids(pack.manifest.model.vocab, min(700, pack.manifest.model.context))
+    want = run(build(pack, threads=1, chunk=64), ids)
+    for chunk in (95, 128, 131, 255, 256, 700):
+        assert np.array_equal(run(build(pack, threads=threads, chunk=chunk), ids), want), chunk
+
+
 def test_any_walk_of_sizes_ends_like_a_fresh_load(pack: Pack) -> None:
     rungs = len(pack.manifest.rungs)
     if not rungs:

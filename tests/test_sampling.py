@@ -100,8 +100,7 @@ def test_the_draw_is_where_the_random_number_falls(
     options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     options |= {"temperature": temperature}
     found = {
-        isa: sample(logits, seed=seed, position=position, isa=isa, **options)
-        for isa in cpu_isa()
+        isa: sample(logits, seed=seed, position=position, isa=isa, **options) for isa in cpu_isa()
     }
     assert len(set(found.values())) == 1, found
     assert found["plain"] in slow_choices(logits, u=uniform(seed, position), **options)

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "executor.h"
@@ -45,44 +46,44 @@ class Aligned {
     std::unique_ptr<T, Free> data_;
 };
 
-// Room for `tokens` inputs of matrices: as floats and as coded groups.
+// Rows of floats, one for each token, with room for whole supertiles.
+struct Rows {
+    size_t stride = 0;
+    float* data = nullptr;
+
+    float* row(int token) const { return data + static_cast<size_t>(token) * stride; }
+};
+
+constexpr size_t row_stride(int width) {
+    return (static_cast<size_t>(width) + kSupertile - 1) / kSupertile * kSupertile;
+}
+
+// Room for `tokens` inputs of matrices as coded groups, beside the same as floats.
 struct InputBuffer {
-    InputBuffer(int tokens, int width)
+    InputBuffer(int tokens, int width, Rows floats)
         : capacity(tokens),
+          x(floats),
           stride((static_cast<size_t>(width) + 63) / 64 * 64),
-          x(static_cast<size_t>(tokens) * stride),
           hi(static_cast<size_t>(tokens) * stride),
           lo(static_cast<size_t>(tokens) * stride),
           scale(static_cast<size_t>(tokens) * stride / kGroup),
           sum_hi(static_cast<size_t>(tokens) * stride / kGroup),
           sum_lo(static_cast<size_t>(tokens) * stride / kGroup) {}
 
-    float* row(int token) const { return x.data() + static_cast<size_t>(token) * stride; }
+    float* row(int token) const { return x.row(token); }
     Prepared prepared(int groups) const {
         return {groups, capacity, hi.data(), lo.data(), scale.data(), sum_hi.data(), sum_lo.data()};
     }
     size_t bytes() const {
-        return x.bytes() + hi.bytes() + lo.bytes() + scale.bytes() + sum_hi.bytes() +
-               sum_lo.bytes();
+        return hi.bytes() + lo.bytes() + scale.bytes() + sum_hi.bytes() + sum_lo.bytes();
     }
 
     int capacity;
+    Rows x;
     size_t stride;
-    Aligned<float> x;
     Aligned<int8_t> hi, lo;
     Aligned<float> scale;
     Aligned<int32_t> sum_hi, sum_lo;
-};
-
-// Outputs of matrices, [tokens][stride], with room for whole supertiles.
-struct OutputBuffer {
-    OutputBuffer(int tokens, int rows)
-        : stride((static_cast<size_t>(rows) + kSupertile - 1) / kSupertile * kSupertile),
-          data(static_cast<size_t>(tokens) * stride) {}
-    float* row(int token) const { return data.data() + static_cast<size_t>(token) * stride; }
-
-    size_t stride;
-    Aligned<float> data;
 };
 
 // What a thread needs to attend for the queries of one task. `head`: room for a head, in whole
@@ -119,29 +120,62 @@ struct AttentionRoom {
     Aligned<float> scale_;
 };
 
-struct Executor::Buffers {
+// What the tokens of a chunk have, one after the other in `floats` floats from `at` on. What
+// attention works on is read no more when the feed-forward layer begins, so the two share their
+// room.
+struct Activations {
+    // `plain`: some matrices are not coded. Their inputs are read while there are results.
+    Activations(const ModelSpec& m, int chunk, bool plain, float* at) {
+        const auto take = [&](Rows& rows, int tokens, int width) {
+            rows = {row_stride(width), at == nullptr ? nullptr : at + floats};
+            floats += static_cast<size_t>(tokens) * rows.stride;
+        };
+        const int heads = m.heads * m.head_dim, kv_heads = m.kv_heads * m.head_dim;
+        take(residual[0], chunk, m.hidden);
+        take(residual[1], 1, m.hidden);
+        take(out, chunk, m.hidden);
+        if (plain) take(x, chunk, std::max({m.hidden, heads, m.ffn}));
+        const size_t shared = floats;
+        take(gate, chunk, m.ffn);
+        const size_t end = std::exchange(floats, shared);
+        take(q, chunk, heads);
+        take(k, chunk, kv_heads);
+        take(v, chunk, kv_heads);
+        if (!plain) take(x, chunk, std::max(m.hidden, heads));
+        floats = std::max(floats, end);
+    }
+    Rows residual[2];  // read from one, and, of a single token, written to the other
+    Rows out, q, k, v, gate;
+    Rows x;  // inputs of matrices
+    size_t floats = 0;
+};
+
+// Tokens × supertiles of a matrix whose results a thread keeps to itself.
+constexpr int kOwnResults = 1024;
+
+struct Executor::Buffers : Activations {
     // `reordered`: rows of a head that is stored in another order than the vocabulary, or 0.
-    Buffers(const ModelSpec& m, int threads, int chunk, size_t reordered)
-        : input(chunk, std::max({m.hidden, m.heads * m.head_dim, m.ffn})),
-          residual{{chunk, m.hidden}, {chunk, m.hidden}},
-          q(chunk, m.heads * m.head_dim),
-          k(chunk, m.kv_heads * m.head_dim),
-          v(chunk, m.kv_heads * m.head_dim),
-          gate(chunk, m.ffn),
-          up(chunk, m.ffn),
-          out(chunk, m.hidden),
+    Buffers(const ModelSpec& m, int threads, int chunk, bool plain, size_t reordered)
+        : Activations(m, chunk, plain, nullptr),
+          input(chunk, std::max({m.hidden, m.heads * m.head_dim, m.ffn}), {}),
           half_(static_cast<size_t>(m.head_dim / 2)),
           padded_head_((static_cast<size_t>(m.head_dim) + 63) / 64 * 64),
           chunk_(static_cast<size_t>(chunk)),
           most_parts_(static_cast<size_t>(part_of(m.context / kPageTokens)) + 1),
+          floats_(floats),
           cosine_(m.ropes.size() * chunk_ * half_),
           sine_(m.ropes.size() * chunk_ * half_),
           parts_(static_cast<size_t>(m.heads) * (most_parts_ + 1) * padded_head_),
           part_scalars_(static_cast<size_t>(m.heads) * (most_parts_ + 1) * 2) {
+        static_cast<Activations&>(*this) = Activations(m, chunk, plain, floats_.data());
+        input.x = x;
         parts_done = std::make_unique<std::atomic<int>[]>(static_cast<size_t>(m.heads));
         for (int i = 0; i < threads; ++i) {
-            own.emplace_back(1, std::max({m.hidden, m.heads * m.head_dim, m.ffn}));
+            own_floats_.emplace_back(input.stride);
+            own.emplace_back(1, static_cast<int>(input.stride),
+                             Rows{input.stride, own_floats_.back().data()});
             own_residual.emplace_back(static_cast<size_t>(m.hidden));
+            own_results.emplace_back(static_cast<size_t>(kOwnResults * kSupertile));
             scratch.emplace_back(kScratchBytes);
             together.emplace_back(input.stride * (chunk > 1 ? kTogether : 1));
             head.emplace_back(reordered);
@@ -149,13 +183,12 @@ struct Executor::Buffers {
         }
     }
     size_t bytes() const {
-        size_t total = input.bytes() + residual[0].data.bytes() + residual[1].data.bytes() +
-                       q.data.bytes() + k.data.bytes() + v.data.bytes() + gate.data.bytes() +
-                       up.data.bytes() + out.data.bytes() + cosine_.bytes() + sine_.bytes() +
+        size_t total = floats_.bytes() + input.bytes() + cosine_.bytes() + sine_.bytes() +
                        parts_.bytes() + part_scalars_.bytes();
         for (size_t i = 0; i < own.size(); ++i)
-            total += own[i].bytes() + own_residual[i].bytes() + scratch[i].bytes() +
-                     together[i].bytes() + head[i].bytes() + attention[i].bytes();
+            total += own[i].bytes() + own_floats_[i].bytes() + own_residual[i].bytes() +
+                     own_results[i].bytes() + scratch[i].bytes() + together[i].bytes() +
+                     head[i].bytes() + attention[i].bytes();
         return total;
     }
 
@@ -174,9 +207,7 @@ struct Executor::Buffers {
 
     InputBuffer input;             // of a matrix; shared by all threads …
     std::vector<InputBuffer> own;  // … or one token, made by each thread for itself
-    OutputBuffer residual[2];      // read from one, written to the other
-    std::vector<Aligned<float>> own_residual;
-    OutputBuffer q, k, v, gate, up, out;
+    std::vector<Aligned<float>> own_residual, own_results;
     std::vector<Aligned<uint8_t>> scratch;
     std::vector<Aligned<float>> together;  // of inputs that are prepared together
     std::vector<Aligned<float>> head;      // logits of a token, to be put in order
@@ -189,7 +220,8 @@ struct Executor::Buffers {
         return (rope * chunk_ + static_cast<size_t>(t)) * half_;
     }
     size_t half_, padded_head_, chunk_, most_parts_;
-    Aligned<float> cosine_, sine_, parts_, part_scalars_;
+    Aligned<float> floats_, cosine_, sine_, parts_, part_scalars_;
+    std::vector<Aligned<float>> own_floats_;
 };
 
 }  // namespace pliant

@@ -80,6 +80,11 @@ struct Prepared {
         return static_cast<size_t>(group) * static_cast<size_t>(capacity) +
                static_cast<size_t>(token);
     }
+    // The same without the tokens before this one.
+    Prepared from(int token) const {
+        return {groups,        capacity,       hi + token * kGroup, lo + token * kGroup,
+                scale + token, sum_hi + token, sum_lo + token};
+    }
 };
 
 }  // namespace pliant

@@ -54,7 +54,7 @@ Executor::Executor(ModelSpec model, int threads, const std::string& isa, int chu
       model_(std::move(model)),
       kernels_(&select_kernels(isa)),
       pool_(threads),
-      chunk_(std::clamp(chunk, 1, kMaxTokens)),
+      chunk_(std::max(chunk, 1)),
       layers_(static_cast<size_t>(model_.layers)) {}
 
 Executor::~Executor() = default;
@@ -210,7 +210,12 @@ void Executor::finish() {
     kv.ladder.finish();
     phases_ = std::vector<Phase>(static_cast<size_t>(m.layers) * kLayerPhases + kOtherPhases);
     const size_t reordered = head().coded >= 0 ? weights.matrix(head().coded).position.size() : 0;
-    buffers_ = std::make_unique<Buffers>(model_, pool_.size(), chunk_, reordered);
+    bool plain = false;
+    for (const Layer& layer : layers_)
+        for (const Linear* l :
+             {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
+            plain = plain || l->coded < 0;
+    buffers_ = std::make_unique<Buffers>(model_, pool_.size(), chunk_, plain, reordered);
 }
 
 size_t Executor::logit_rows(const std::vector<Piece>& pieces) {

@@ -9,6 +9,8 @@ namespace pliant {
 namespace {
 
 constexpr int kManyTokens = 32;  // from here on tasks take long
+// Fewer tokens are not divided: each part of them decodes all plies for itself.
+constexpr int kLeastPart = 48;
 
 int supertiles(const Linear& linear) { return (linear.rows + kSupertile - 1) / kSupertile; }
 
@@ -32,6 +34,7 @@ Forward::Forward(Executor& executor, const std::vector<ChunkToken>& chunk, float
       tokens_(static_cast<int>(chunk.size())),
       threads_(executor.pool_.size()),
       group_(m_.heads / m_.kv_heads),
+      shares_(tokens_ == 1 ? 1 : std::min(threads_, kMostShares)),
       alone_(tokens_ == 1),
       whole_(whole) {
     for (int t = 0; t < tokens_; ++t) {
@@ -64,13 +67,14 @@ void Forward::work(int self) {
 
 template <typename F>
 void Forward::phase(Worker& w, int tasks, F&& task) {
-    e_.phases_[w.phase++].run(tasks, task);
+    e_.phases_[w.phase++].run(tasks, shares_, w.self * shares_ / threads_, task);
 }
 
-// Inputs are prepared, then tasks use them. A single input is prepared by each thread for itself,
-// when it has got a task: cheaper than to meet once more. prepare(first, count, keep): rows of the
-// inputs; the thread with `keep` leaves the residual for the others. While a single token is
-// multiplied, what its next input needs is fetched: the order of its channels, and the norm.
+// Inputs are prepared, then tasks use them: rows of matrices, for each part of the tokens. A single
+// input is prepared by each thread for itself, when it has got a task: cheaper than to meet once
+// more. prepare(first, count, keep): rows of the inputs; the thread with `keep` leaves the residual
+// for the others. While a single token is multiplied, what its next input needs is fetched: the
+// order of its channels, and the norm.
 template <typename Prepare, typename Task>
 void Forward::block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task,
                     const Linear& next, const Norm* next_norm) {
@@ -82,7 +86,8 @@ void Forward::block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& 
             share < kTogether / 2 ? std::max(share / 4, 1) : std::min(share, kTogether);
         phase(w, (inputs + piece - 1) / piece,
               [&](int i) { prepare(i * piece, std::min(piece, inputs - i * piece), true); });
-        phase(w, tasks, task);
+        const int all = parts(inputs);
+        phase(w, all * tasks, [&](int i) { task(part(inputs, all, i / tasks), i % tasks); });
         return;
     }
     bool ready = false;
@@ -94,8 +99,22 @@ void Forward::block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& 
             fetch_early(order.data(), order.size() * sizeof(uint16_t));
         }
         if (next_norm != nullptr) fetch_early(next_norm->data(), next_norm->size() * sizeof(float));
-        task(i);
+        task(Span{0, 1}, i);
     });
+}
+
+// A chunk is divided by its tokens first, as far as that is worth it, and then by rows of matrices:
+// so what a thread has computed for its tokens is in the caches of its own core.
+int Forward::parts(int tokens) const {
+    const int least = (tokens + kMaxTokens - 1) / kMaxTokens;
+    return std::max(least, std::min(threads_, tokens / kLeastPart));
+}
+
+Forward::Span Forward::part(int tokens, int parts, int index) {
+    const auto begin = [&](int i) {  // no part is longer than kMaxTokens then
+        return std::min((tokens * i / parts + kTogether - 1) / kTogether * kTogether, tokens);
+    };
+    return {begin(index), begin(index + 1)};
 }
 
 // Embedding and rotary tables.
@@ -134,7 +153,7 @@ void Forward::attention(Worker& w, int l) {
     const Norm* after = l > 0 ? &at(e_.layers_, l - 1).ffn_post_norm : nullptr;
     const struct {
         const Linear* linear;
-        const OutputBuffer* out;
+        const Rows* out;
     } targets[] = {{&layer.q, &b_.q}, {&layer.k, &b_.k}, {&layer.v, &b_.v}};
     const Tasks rows = divide(supertiles(layer.q) + supertiles(layer.k) + supertiles(layer.v));
     block(
@@ -145,11 +164,11 @@ void Forward::attention(Worker& w, int l) {
                  {&layer.q, &layer.k, &layer.v});
         },
         rows.count,
-        [&](int i) {
+        [&](Span tokens, int i) {
             int first = rows.first(i), last = rows.last(i);
             for (const auto& [linear, out] : targets) {
                 const int count = supertiles(*linear);
-                multiply(w, *linear, std::max(first, 0), std::min(last, count), *out);
+                multiply(w, *linear, tokens, std::max(first, 0), std::min(last, count), *out);
                 first -= count, last -= count;
             }
         },
@@ -172,9 +191,12 @@ void Forward::attention(Worker& w, int l) {
     block(
         w, tokens_,
         [&](int first, int count, bool) {
-            code(w, first, count, b_.input.row(first), b_.input.stride, nullptr, {&layer.o});
+            code(w, first, count, b_.x.row(first), b_.x.stride, nullptr, {&layer.o});
         },
-        out.count, [&](int i) { multiply(w, layer.o, out.first(i), out.last(i), b_.out); },
+        out.count,
+        [&](Span tokens, int i) {
+            multiply(w, layer.o, tokens, out.first(i), out.last(i), b_.out);
+        },
         layer.gate, &layer.ffn_norm);
 }
 
@@ -190,15 +212,7 @@ void Forward::feed_forward(Worker& w, int l) {
                  {&layer.gate, &layer.up});
         },
         wide.count,
-        [&](int i) {
-            const int first = wide.first(i), last = wide.last(i);
-            multiply(w, layer.gate, first, last, b_.gate);
-            multiply(w, layer.up, first, last, b_.up);
-            const int row = first * kSupertile, count = std::min(last * kSupertile, m_.ffn) - row;
-            for (int t = 0; t < tokens_; ++t)
-                kernels_.gate(b_.gate.row(t) + row, b_.up.row(t) + row, count, m_.activation,
-                              b_.gate.row(t) + row);
-        },
+        [&](Span tokens, int i) { multiply_gated(w, layer, tokens, wide.first(i), wide.last(i)); },
         layer.down, nullptr);
     if (alone_) w.residual ^= 1;
 
@@ -209,7 +223,10 @@ void Forward::feed_forward(Worker& w, int l) {
         [&](int first, int count, bool) {
             code(w, first, count, b_.gate.row(first), b_.gate.stride, nullptr, {&layer.down});
         },
-        out.count, [&](int i) { multiply(w, layer.down, out.first(i), out.last(i), b_.out); },
+        out.count,
+        [&](Span tokens, int i) {
+            multiply(w, layer.down, tokens, out.first(i), out.last(i), b_.out);
+        },
         next != nullptr ? next->q : e_.head(),
         next != nullptr ? &next->attn_norm : &e_.final_norm_);
 }
@@ -219,8 +236,8 @@ void Forward::feed_forward(Worker& w, int l) {
 void Forward::results(Worker& w) {
     const Norm* after = &e_.layers_.back().ffn_post_norm;
     const auto last_norm = [&](int t, bool keep, float* to) {
-        kernels_.rms_norm(advance(w, t, after, keep), e_.final_norm_.data(), m_.hidden, m_.norm_eps,
-                          to);
+        kernels_.rms_norm(advance(w, t, after, keep && alone_), e_.final_norm_.data(), m_.hidden,
+                          m_.norm_eps, to);
     };
     if (!stated_.empty())
         phase(w, static_cast<int>(stated_.size()), [&](int i) {
@@ -243,11 +260,13 @@ void Forward::results(Worker& w) {
         w, count,
         [&](int first, int some, bool keep) {
             for (int i = first; i < first + some; ++i) last_norm(at(wanted_, i), keep, w.in.row(i));
-            code(w, first, some, w.in.row(first), w.in.stride, nullptr, {&e_.head()});
+            code(w, first, some, w.in.row(first), w.in.x.stride, nullptr, {&e_.head()});
         },
         (all + piece - 1) / piece,
-        [&](int i) { head_rows(w, i * piece, std::min((i + 1) * piece, all), to); }, e_.head(),
-        nullptr);
+        [&](Span rows, int i) {
+            head_rows(w, rows, i * piece, std::min((i + 1) * piece, all), to);
+        },
+        e_.head(), nullptr);
     if (places == nullptr) return;
     // Gathered, not scattered: threads that write to the same lines of the cache wait for each
     // other.
@@ -288,7 +307,7 @@ const float* Forward::advance(const Worker& w, int t, const Norm* after, bool ke
 // is changed where it is.
 const float* Forward::advance(const Worker& w, int first, int count, const Norm* after, bool keep) {
     if (alone_) return advance(w, first, after, keep);
-    const OutputBuffer& h = b_.residual[w.residual];
+    const Rows& h = b_.residual[w.residual];
     for (int t = first; after != nullptr && t < first + count; ++t) {
         float* y = b_.out.row(t);
         if (t + 1 < first + count) {  // what other threads have written
@@ -333,65 +352,86 @@ void Forward::code(const Worker& w, int first, int count, const float* x, size_t
                       at(b_.together, w.self).data()});
 }
 
-// Supertiles [first, last) of a matrix, if any, for the first `count` inputs: to
-// out[count][stride], which begins with the first of these rows.
-void Forward::multiply(const Worker& w, const Linear& linear, int count, int first, int last,
+// Supertiles [first, last) of a matrix, if any, for some inputs: to out[tokens.count()][stride],
+// which begins with the first of these rows.
+void Forward::multiply(const Worker& w, const Linear& linear, Span tokens, int first, int last,
                        float* out, size_t stride) {
     if (first >= last) return;
     const int begin = first * kSupertile, end = std::min(last * kSupertile, linear.rows);
     if (linear.coded >= 0) {
         const CodedMatrix& matrix = e_.weights.matrix(linear.coded);
-        const Prepared prepared = w.in.prepared(matrix.groups);
+        const Prepared prepared = w.in.prepared(matrix.groups).from(tokens.first);
         for (const CodedBlock& block : matrix.blocks) {
             const int from = std::max(first - block.first / kSupertile, 0);
             const int to = std::min(last - block.first / kSupertile, block.padded / kSupertile);
             if (from < to)
-                kernels_.coded_product({&block, &e_.weights.levels, &prepared, count, from, to,
-                                        out + (block.first + from * kSupertile - begin), stride,
+                kernels_.coded_product({&block, &e_.weights.levels, &prepared, tokens.count(), from,
+                                        to, out + (block.first + from * kSupertile - begin), stride,
                                         at(b_.scratch, w.self).data()});
         }
     } else {
         const bool bf16 = !linear.bf16.empty();
         kernels_.plain_product({bf16 ? static_cast<const void*>(linear.bf16.data())
                                      : static_cast<const void*>(linear.f32.data()),
-                                bf16, linear.columns, w.in.x.data(), w.in.stride, count, begin, end,
-                                out, stride});
+                                bf16, linear.columns, w.in.row(tokens.first), w.in.x.stride,
+                                tokens.count(), begin, end, out, stride});
     }
     if (!linear.bias.empty())
-        for (int t = 0; t < count; ++t)
+        for (int t = 0; t < tokens.count(); ++t)
             for (int r = begin; r < end; ++r)
                 out[static_cast<size_t>(t) * stride + static_cast<size_t>(r - begin)] +=
                     at(linear.bias, r);
 }
 
-void Forward::multiply(const Worker& w, const Linear& linear, int first, int last,
-                       const OutputBuffer& out) {
-    multiply(w, linear, tokens_, first, last, out.row(0) + first * kSupertile, out.stride);
+void Forward::multiply(const Worker& w, const Linear& linear, Span tokens, int first, int last,
+                       const Rows& out) {
+    multiply(w, linear, tokens, first, last, out.row(tokens.first) + first * kSupertile,
+             out.stride);
+}
+
+// The gated rows of the feed-forward layer. One of the two factors is in nobody else's memory.
+void Forward::multiply_gated(const Worker& w, const Layer& layer, Span tokens, int first,
+                             int last) {
+    const int most = std::max(kOwnResults / tokens.count(), 1);
+    float* const up = at(b_.own_results, w.self).data();
+    for (int begin = first; begin < last; begin += most) {
+        const int end = std::min(begin + most, last), row = begin * kSupertile;
+        const size_t stride = static_cast<size_t>((end - begin) * kSupertile);
+        multiply(w, layer.gate, tokens, begin, end, b_.gate);
+        multiply(w, layer.up, tokens, begin, end, up, stride);
+        for (int t = 0; t < tokens.count(); ++t) {
+            float* gate = b_.gate.row(tokens.first + t) + row;
+            kernels_.gate(gate, up + static_cast<size_t>(t) * stride,
+                          std::min(end * kSupertile, m_.ffn) - row, m_.activation, gate);
+        }
+    }
 }
 
 // With few tokens a task for each thread: shorter ones read shorter streams, and hardly even out
 // what others take of a processor. With many a task takes long, and more of them leave less to wait
 // for.
 Forward::Tasks Forward::divide(int supertiles) const {
-    const int count = (tokens_ < kManyTokens ? 1 : 8) * threads_;
+    const int count = tokens_ < kManyTokens ? threads_ : std::max(8 * threads_ / parts(tokens_), 1);
     return {supertiles, std::min(count, supertiles)};
 }
 
-// Supertiles of the head, [wanted][vocab] in the order in which they are stored.
-void Forward::head_rows(const Worker& w, int first, int last, float* logits) {
-    const int rows = static_cast<int>(wanted_.size()), whole = m_.vocab / kSupertile;
+// Supertiles of the head for some of the rows that are wanted, [rows][vocab] in the order in which
+// they are stored.
+void Forward::head_rows(const Worker& w, Span rows, int first, int last, float* logits) {
+    const int whole = m_.vocab / kSupertile;
     const size_t vocab = static_cast<size_t>(m_.vocab);
+    logits += static_cast<size_t>(rows.first) * vocab;
     multiply(w, e_.head(), rows, first, std::min(last, whole), logits + first * kSupertile, vocab);
     const int begin = first * kSupertile, end = std::min(last * kSupertile, m_.vocab);
     if (last > whole) {  // kernels write whole supertiles
         float rest[kMaxTokens * kSupertile];
         multiply(w, e_.head(), rows, whole, last, rest, kSupertile);
-        for (int i = 0; i < rows; ++i)
+        for (int i = 0; i < rows.count(); ++i)
             std::copy_n(rest + i * kSupertile, end - whole * kSupertile,
                         logits + static_cast<size_t>(i) * vocab + whole * kSupertile);
     }
     if (m_.logit_softcap > 0.0f)
-        for (int i = 0; i < rows; ++i)
+        for (int i = 0; i < rows.count(); ++i)
             kernels_.softcap(logits + static_cast<size_t>(i) * vocab + begin, end - begin,
                              m_.logit_softcap);
 }

@@ -52,6 +52,11 @@ class Forward {
         int part;  // or -1: all
     };
 
+    // Tokens [first, last).
+    struct Span {
+        int first, last;
+        int count() const { return last - first; }
+    };
     // Rows of matrices, in supertiles, in tasks of nearly one size, larger ones first.
     struct Tasks {
         int supertiles, count;
@@ -97,10 +102,13 @@ class Forward {
     const float* advance(const Worker& w, int first, int count, const Norm* after, bool keep);
     void code(const Worker& w, int first, int count, const float* x, size_t stride,
               const Norm* norm, std::initializer_list<const Linear*> users);
-    void multiply(const Worker& w, const Linear& linear, int count, int first, int last, float* out,
-                  size_t stride);
-    void multiply(const Worker& w, const Linear& linear, int first, int last,
-                  const OutputBuffer& out);
+    void multiply(const Worker& w, const Linear& linear, Span tokens, int first, int last,
+                  float* out, size_t stride);
+    void multiply(const Worker& w, const Linear& linear, Span tokens, int first, int last,
+                  const Rows& out);
+    void multiply_gated(const Worker& w, const Layer& layer, Span tokens, int first, int last);
+    int parts(int tokens) const;
+    static Span part(int tokens, int parts, int index);
     Tasks divide(int supertiles) const;
     void append(int l, int first, int count, int kv_head);
     void load_query(int l, int t, int head, float* to) const;
@@ -114,7 +122,7 @@ class Forward {
     void with_newest(int l, int kv_head, const Attended& sum, const Attended& newest) const;
     void code_page(int l, int kv_head, const FullPage& full);
     void end_part(int l, const AttentionTask& task, int parts);
-    void head_rows(const Worker& w, int first, int last, float* logits);
+    void head_rows(const Worker& w, Span rows, int first, int last, float* logits);
 
     Executor& e_;
     const ModelSpec& m_;
@@ -123,6 +131,7 @@ class Forward {
     const std::vector<ChunkToken>& chunk_;
     float *logits_, *states_;
     int tokens_, threads_, group_;
+    int shares_;  // of the tasks of a phase
     bool alone_;  // one token: every thread prepares inputs for itself
     const bool whole_;
     bool ended_ = false;

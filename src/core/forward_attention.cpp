@@ -76,8 +76,14 @@ void Forward::plan_attention() {
                 tasks_.push_back({h, q, std::min(q + most, end * group_), -1});
         t = end;
     }
-    // Late tokens see more: they come first, so that no thread is left with a long task at the end.
+    // Late tokens see more: in each share they come first, so that no thread is left with a long
+    // task at the end.
     std::reverse(tasks_.begin(), tasks_.end());
+    const auto share = [&](const AttentionTask& task) {
+        return task.first / group_ * shares_ / tokens_;
+    };
+    std::stable_sort(tasks_.begin(), tasks_.end(),
+                     [&](const auto& a, const auto& b) { return share(a) < share(b); });
 }
 
 // Keys are normed and rotated; keys and values go to their page, which is the same for `count`
@@ -200,7 +206,7 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
     for (int slot = 0; slot < count; ++slot) {
         if (coded) with_newest(l, task.kv_head, room.sum(slot), room.more(slot));
         kernels_.attend_mean(room.sum(slot), m_.head_dim,
-                             b_.input.row((task.first + slot) / group_) + head(slot) * m_.head_dim);
+                             b_.x.row((task.first + slot) / group_) + head(slot) * m_.head_dim);
     }
 }
 
@@ -315,7 +321,7 @@ void Forward::end_part(int l, const AttentionTask& task, int parts) {
         for (int part = 1; part < parts; ++part)
             kernels_.attend_more(b_.part(head, part), dims, sum);
         if (coded) with_newest(l, task.kv_head, sum, b_.newest(head));
-        kernels_.attend_mean(sum, m_.head_dim, b_.input.row(0) + head * m_.head_dim);
+        kernels_.attend_mean(sum, m_.head_dim, b_.x.row(0) + head * m_.head_dim);
     }
 }
 

@@ -17,30 +17,42 @@ inline void relax() {
 }
 }  // namespace detail
 
+constexpr int kMostShares = 8;
+
 // A phase is a number of tasks that threads take one by one. It is over when all tasks are done,
 // and not when all threads have come: a thread whose core is busy with another program holds nobody
 // up unless it holds a task, and finds the phases over when it comes back.
+//
+// Tasks lie in shares of nearly one size. A thread begins with the one that it had in the phases
+// before, since the caches of its core still have what belongs to it, and then helps with the
+// others.
 class Phase {
   public:
     // Before the threads that work on it are told of it.
     void reset() {
-        next_.store(0, std::memory_order_relaxed);
+        for (auto& next : next_) next.store(0, std::memory_order_relaxed);
         done_.store(0, std::memory_order_relaxed);
     }
 
     // Takes tasks, work(0) … work(tasks - 1), as long as there are any, and returns when all are
-    // done, whoever did them. What they wrote is visible then. All threads give the same number.
+    // done, whoever did them. What they wrote is visible then. All threads give the same numbers,
+    // but for `own`, the share to begin with.
     template <typename F>
-    void run(int tasks, F&& work) {
-        for (int task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-            work(task);
-            if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == tasks) done_.notify_all();
+    void run(int tasks, int shares, int own, F&& work) {
+        for (int i = 0; i < shares; ++i) {
+            const int share = (own + i) % shares, end = tasks * (share + 1) / shares;
+            auto& next = next_[share];
+            for (int task; (task = tasks * share / shares +
+                                   next.fetch_add(1, std::memory_order_relaxed)) < end;) {
+                work(task);
+                if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == tasks) done_.notify_all();
+            }
         }
         wait(tasks);
     }
 
-    // The first task that nobody has taken yet, now.
-    int next() const { return next_.load(std::memory_order_relaxed); }
+    // The first task that nobody has taken yet, now, if there is one share.
+    int next() const { return next_[0].load(std::memory_order_relaxed); }
 
   private:
     // Spins for some tens of microseconds, longer than a task usually takes, then sleeps.
@@ -53,7 +65,7 @@ class Phase {
             done_.wait(done, std::memory_order_acquire);
     }
 
-    alignas(32) std::atomic<int> next_{0};
+    alignas(64) std::atomic<int> next_[kMostShares] = {};
     std::atomic<int> done_{0};
 };
 

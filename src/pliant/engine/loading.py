@@ -63,7 +63,7 @@ def open_parts(
     *,
     threads: int | None = None,
     isa: str = "auto",
-    chunk: int = 128,
+    chunk: int | None = None,
     chat: bool = True,
     answers: int = 1,
     also: Also | None = None,
@@ -74,7 +74,9 @@ def open_parts(
     `coded_kv`: full pages of the KV cache are coded."""
     if isinstance(answers, bool) or not isinstance(answers, int) or not 1 <= answers <= 4096:
         raise UsageError(f"answers must be from 1 to 4096, and not {answers!r}")
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 4096:
+    if chunk is not None and (
+        isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 4096
+    ):
         raise UsageError(f"chunk must be from 1 to 4096 tokens, and not {chunk!r}")
     count = default_threads(threads)
     import pliant._core  # noqa: F401 - before the first mark: its code counts as interpreter
@@ -87,6 +89,8 @@ def open_parts(
             f"{pack.path} does not say how to code a KV cache: pack the model again with this "
             "version of pliant, or use 16 bits"
         )
+    if chunk is None:  # where its pages take more than they will later, a long one is dear
+        chunk = 128 if coded_kv or any(pack.manifest.model.layer_window) else 256
     tokenizer = open_tokenizer(pack)
     grown = meter.mark("tokenizer")
     mapped = pack.manifest.files["tokenizer.bin"].bytes
@@ -147,7 +151,7 @@ def load(
     isa: str = "auto",
     kv_bits: float | Literal["auto"] = 16,
     kv_floor: float | None = None,
-    chunk: int = 128,
+    chunk: int | None = None,
     chat: bool = True,
     answers: int = 1,
     also: Also | None = None,
@@ -172,7 +176,8 @@ def load(
                no more bits. "auto": with as many as serve best, weights and KV together, as the
                budget moves
     kv_floor:  with "auto", never fewer bits than these
-    chunk:     tokens of a prompt that are computed at once; fewer take less memory
+    chunk:     tokens of a prompt that are computed at once; fewer take less memory. None: 256, or
+               128 where KV pages become smaller after their chunk (coded, or with windows)
     chat:      prepare the chat template, if the pack has one (some 7 MiB for jinja2)
     answers:   how many answers may be computed in one step; each needs a row of logits
     also:      an owner in the ledger, and a function that makes what it owns from the pack and the
