@@ -92,8 +92,12 @@ def ours(pack: str, weights: str, threads: int, isa: str) -> dict[str, tuple[int
 
 
 def serve(steps: dict[str, tuple[int, Step]]) -> None:
-    """Do a round whenever a line comes in; answer with tokens a second of each step."""
+    """Do a round whenever a line comes in; answer with tokens a second of each step.
+
+    The prompt is read once more at first: a processor that was idle takes a while to its speed.
+    """
     for _ in sys.stdin:
+        steps["prefill"][1]()
         rates = {}
         for name, (tokens, step) in steps.items():
             begin = time.perf_counter()

@@ -16,6 +16,9 @@ using namespace avx512;
 constexpr int kTileRows = 16;
 constexpr int kFewTokens = 6;
 
+// So few are soon done: plies are fetched before anything else then, otherwise between tiles.
+constexpr int kAtOnce = 2 * kTileRows;
+
 constexpr int kBatch = 3;  // groups whose products are added up together
 
 // Tiles 0, 1: levels of the two tiles of rows; 2, 3: inputs and their low parts; 4 to 7: sums.
@@ -68,9 +71,14 @@ struct Batch {
     alignas(64) float factors[kBatch][kMaxTokens];
     __m512 step[kBatch][2];
     int group[kBatch];
-    // The lines of the batch that is decoded next: each is the first of four.
-    const uint8_t* next[kBatch * (kMaxDepth + 1)];
-    int nexts = 0;
+    // What the batch that is decoded next has of its plies: four lines each.
+    const uint8_t* next[kBatch * kMaxDepth];
+    int nexts, fetched;
+
+    void fetch_until(int count) {
+        for (; fetched < count; ++fetched)
+            for (int line = 0; line < 4; ++line) fetch(next[fetched] + 64 * line);
+    }
 };
 
 // The batches of a product in their order: a strip of supertiles, as many as their sums have room
@@ -133,7 +141,7 @@ class Cursor {
 // Decodes the groups at a place, and fetches what will be decoded later.
 void decode(const CodedProduct& p, const Cursor& cursor, const Cursor& later, Batch& batch) {
     const CodedBlock& block = *p.block;
-    batch.nexts = 0;
+    batch.nexts = batch.fetched = 0;
     if (!later.ended())
         later.each([&](int, int g, int depth) {
             const uint8_t* const* planes = &block.planes[static_cast<size_t>(g * kMaxDepth)];
@@ -141,6 +149,7 @@ void decode(const CodedProduct& p, const Cursor& cursor, const Cursor& later, Ba
                 batch.next[batch.nexts++] = planes[ply] + later.supertile * 256;
             fetch(block.codes[static_cast<size_t>(g)] + later.supertile * 16);
         });
+    if (p.tokens <= kAtOnce) batch.fetch_until(batch.nexts);
     const size_t tile = static_cast<size_t>(cursor.supertile);
     const __m512 steps = _mm512_load_ps(p.levels->steps);
     cursor.each([&](int i, int g, int depth) {
@@ -220,7 +229,7 @@ PLIANT_INLINE void make_products(const Prepared& x, int first, const Batch& batc
 
 // The products of a batch with all tokens are added to sums[token][32].
 template <bool Wide, int Count>
-void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor, const Batch& batch,
+void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor, Batch& batch,
               float* sums) {
     Steps steps0[Count], steps1[Count];
     repeat<Count>([&]<int i>() PLIANT_LAMBDA {
@@ -231,11 +240,9 @@ void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor,
     float* out = p.out + (cursor.supertile - p.first) * kSupertile;
     const bool begin = cursor.first, end = cursor.last;
     Room room;
-    int ahead = 0;
     for (int tile = 0; tile < tiling.count; ++tile) {
         const int first = tiling.first(tile);
-        for (; ahead < batch.nexts * (tile + 1) / tiling.count; ++ahead)
-            for (int line = 0; line < 4; ++line) fetch(batch.next[ahead] + 64 * line);
+        batch.fetch_until(batch.nexts * (tile + 1) / tiling.count);
         make_products<Wide, Count>(*p.x, first, batch, room);
         for (int t = tile * kTileRows, row = t - first; row < tiling.rows; ++t, ++row) {
             float* sum = sums + t * kSupertile;
@@ -266,7 +273,7 @@ void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor,
 }
 
 template <bool Wide>
-void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor, const Batch& batch,
+void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor, Batch& batch,
               float* sums) {
     switch (cursor.count) {
         case 1:
