@@ -177,8 +177,9 @@ int32_t Sampler::draw(std::span<const float> logits, const SamplerOptions& optio
     const LogitDistances distances{logits.data(), count, peak.logit,
                                    1 / std::max(options.temperature, 1e-6f)};
     Edges edges = kEdges;
-    if (options.min_p > 0) {  // a token with just this part is kept
-        const float range = std::nextafter(-std::log(options.min_p), kEdges.back());
+    if (options.min_p > 0) {  // a token with just this part is kept, the best one in any case
+        const float range =
+            std::max(std::nextafter(-std::log(options.min_p), kEdges.back()), 1e-30f);
         for (float& edge : edges) edge = std::min(edge, range);
     }
     const double u = uniform(seed, position);
