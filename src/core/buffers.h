@@ -86,38 +86,51 @@ struct InputBuffer {
     Aligned<int32_t> sum_hi, sum_lo;
 };
 
-// What a thread needs to attend for the queries of one task. `head`: room for a head, in whole
-// groups.
-struct AttentionRoom {
-    explicit AttentionRoom(size_t head)
+// Queries of one task, as they are and for coded pages. `head`: room for a head, in whole groups.
+struct QueryRoom {
+    QueryRoom(int queries, size_t head)
         : head_(head),
-          data_(kExactQueries * 4 * head),
-          scalars_(kExactQueries * 6),
+          data_(static_cast<size_t>(queries) * head),
           x_(kMaxQueries * head),
           sum_(kMaxQueries * head / kHalf),
           scale_(kMaxQueries * head / kGroup + kMaxQueries) {}
-    size_t bytes() const {
-        return data_.bytes() + scalars_.bytes() + x_.bytes() + sum_.bytes() + scale_.bytes();
-    }
+    size_t bytes() const { return data_.bytes() + x_.bytes() + sum_.bytes() + scale_.bytes(); }
     float* query(int slot) const { return data_.data() + static_cast<size_t>(slot) * head_; }
-    Attended sum(int slot) const { return attended(1, slot); }
-    Attended more(int slot) const { return attended(2, slot); }
-    Attended newest(int slot) const { return attended(3, slot); }
     CodedQueries coded() const {
         return {x_.data(), sum_.data(), scale_.data(),
                 scale_.data() + kMaxQueries * head_ / kGroup};
     }
 
   private:
-    Attended attended(int kind, int slot) const {
-        float* scalar = scalars_.data() + (kind - 1) * kExactQueries * 2 + 2 * slot;
-        return {scalar, scalar + 1, query(kind * kExactQueries + slot)};
-    }
     size_t head_;
-    Aligned<float> data_, scalars_;
+    Aligned<float> data_;
     Aligned<int8_t> x_;
     Aligned<int32_t> sum_;
     Aligned<float> scale_;
+};
+
+// What a thread needs to attend for the queries of one task.
+struct AttentionRoom {
+    explicit AttentionRoom(size_t head)
+        : queries(kExactQueries, head),
+          head_(head),
+          data_(kExactQueries * 3 * head),
+          scalars_(kExactQueries * 6) {}
+    size_t bytes() const { return queries.bytes() + data_.bytes() + scalars_.bytes(); }
+    Attended sum(int slot) const { return attended(0, slot); }
+    Attended more(int slot) const { return attended(1, slot); }
+    Attended newest(int slot) const { return attended(2, slot); }
+
+    QueryRoom queries;
+
+  private:
+    Attended attended(int kind, int slot) const {
+        const int at = kind * kExactQueries + slot;
+        float* scalar = scalars_.data() + 2 * at;
+        return {scalar, scalar + 1, data_.data() + static_cast<size_t>(at) * head_};
+    }
+    size_t head_;
+    Aligned<float> data_, scalars_;
 };
 
 // What the tokens of a chunk have, one after the other in `floats` floats from `at` on. What
@@ -150,6 +163,11 @@ struct Activations {
     size_t floats = 0;
 };
 
+// Heads that share a KV head, in blocks of kMaxQueries.
+constexpr int query_blocks(const ModelSpec& m) {
+    return (m.heads / m.kv_heads + kMaxQueries - 1) / kMaxQueries;
+}
+
 // Tokens × supertiles of a matrix whose results a thread keeps to itself.
 constexpr int kOwnResults = 1024;
 
@@ -180,6 +198,8 @@ struct Executor::Buffers : Activations {
             together.emplace_back(input.stride * (chunk > 1 ? kTogether : 1));
             head.emplace_back(reordered);
             attention.emplace_back(padded_head_);
+            for (int q = 0; q < m.kv_heads * query_blocks(m); ++q)
+                own_queries.emplace_back(kMaxQueries, padded_head_);
         }
     }
     size_t bytes() const {
@@ -189,6 +209,7 @@ struct Executor::Buffers : Activations {
             total += own[i].bytes() + own_floats_[i].bytes() + own_residual[i].bytes() +
                      own_results[i].bytes() + scratch[i].bytes() + together[i].bytes() +
                      head[i].bytes() + attention[i].bytes();
+        for (const QueryRoom& queries : own_queries) total += queries.bytes();
         return total;
     }
 
@@ -212,6 +233,8 @@ struct Executor::Buffers : Activations {
     std::vector<Aligned<float>> together;  // of inputs that are prepared together
     std::vector<Aligned<float>> head;      // logits of a token, to be put in order
     std::vector<AttentionRoom> attention;
+    // Of a single token, every thread has the queries of all heads: [thread][kv head][block].
+    std::vector<QueryRoom> own_queries;
     // How many parts the heads from one on have done, those of one task.
     std::unique_ptr<std::atomic<int>[]> parts_done;
 

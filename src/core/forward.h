@@ -38,10 +38,10 @@ class Forward {
     // What one thread has.
     struct Worker {
         int self;
-        InputBuffer& in;                           // of matrices: everybody's, or its own
-        int residual = 0;                          // which of the two is up to date
-        size_t phase = 0;                          // the next one
-        int layer = -1, kv_head = -1, query = -1;  // whose queries are in its room
+        InputBuffer& in;             // of matrices: everybody's, or its own
+        int residual = 0;            // which of the two is up to date
+        size_t phase = 0;            // the next one
+        std::vector<int> made = {};  // the layer of which its own queries are
         // Pages of one task.
         std::vector<const uint16_t*> keys = {}, values = {};
     };
@@ -73,6 +73,7 @@ class Forward {
         const int* positions;
         int window;
         bool alone;
+        const QueryRoom* room;
     };
     // A page that this chunk fills: it is coded, layer by layer.
     struct FullPage {
@@ -88,7 +89,7 @@ class Forward {
     bool given_up() const { return !whole_ && e_.hurry_.load(std::memory_order_relaxed); }
     void work(int self);
     template <typename F>
-    void phase(Worker& w, int tasks, F&& task);
+    void phase(Worker& w, int tasks, F&& task, int shares = 0);
     template <typename Prepare, typename Task>
     void block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task, const Linear& next,
                const Norm* next_norm);
@@ -112,7 +113,7 @@ class Forward {
     Tasks divide(int supertiles) const;
     void append(int l, int first, int count, int kv_head);
     void load_query(int l, int t, int head, float* to) const;
-    void load_queries(Worker& w, int l, const AttentionTask& task);
+    const QueryRoom& load_queries(Worker& w, int l, const AttentionTask& task);
     void attend(Worker& w, int l, const AttentionTask& task);
     void fetch_first(int l, const AttentionTask& task) const;
     int coded_pages(int sequence, int position) const;
@@ -131,8 +132,9 @@ class Forward {
     const std::vector<ChunkToken>& chunk_;
     float *logits_, *states_;
     int tokens_, threads_, group_;
-    int shares_;  // of the tasks of a phase
-    bool alone_;  // one token: every thread prepares inputs for itself
+    int shares_;            // of the tasks of a phase
+    int attention_shares_;  // … of attention
+    bool alone_;            // one token: every thread prepares inputs for itself
     const bool whole_;
     bool ended_ = false;
     bool singles_;  // every sequence has one token: who attends appends its keys and values

@@ -1,5 +1,6 @@
 // The attention of a chunk: who attends to what, and in which order it is added up.
 #include <algorithm>
+#include <utility>
 
 #include "forward.h"
 
@@ -43,20 +44,14 @@ void Forward::plan_attention() {
     singles_ = group_ <= kMaxQueries;
     for (int t = 1; t < tokens_; ++t)
         if (at(chunk_, t).sequence == at(chunk_, t - 1).sequence) singles_ = false;
-    if (alone_) {  // the threads share the positions
-        const int newest = at(chunk_, 0).position / kPageTokens, last = part_of(newest);
-        const auto add = [&](int first_part, int last_part) {
+    if (alone_) {
+        // Threads share the positions. The heads of a part come one after the other: in a page they
+        // lie beside each other.
+        const int parts = part_of(at(chunk_, 0).position / kPageTokens) + 1;
+        for (int part = 0; part < parts; ++part)
             for (int h = 0; h < m_.kv_heads; ++h)
                 for (int q = 0; q < group_; q += kMaxQueries)
-                    for (int part = first_part; part <= last_part; ++part)
-                        tasks_.push_back({h, q, std::min(q + kMaxQueries, group_), part});
-        };
-        // Long ones come first.
-        const bool shortest = newest + 1 - part_begin(last) <= kPartPages / 2;
-        add(kHalfParts, last - 1);
-        if (!shortest) add(last, last);
-        add(0, std::min(kHalfParts, last) - 1);
-        if (shortest) add(last, last);
+                    tasks_.push_back({h, q, std::min(q + kMaxQueries, group_), part});
         return;
     }
     // As many queries in a task as possible, fewer if there are few.
@@ -128,26 +123,27 @@ void Forward::load_query(int l, int t, int head, float* to) const {
     for (int i = 0; i < m_.head_dim; ++i) to[i] *= m_.attn_scale;
 }
 
-// The queries of a task, as they are and for coded pages. A thread that goes on with other
-// positions has them already.
-void Forward::load_queries(Worker& w, int l, const AttentionTask& task) {
-    if (task.part >= 0 && w.layer == l && w.kv_head == task.kv_head && w.query == task.first)
-        return;
-    const AttentionRoom& room = at(b_.attention, w.self);
+// The queries of a task, as they are and for coded pages. Those of a single token are kept for
+// other positions.
+const QueryRoom& Forward::load_queries(Worker& w, int l, const AttentionTask& task) {
+    const QueryRoom* room = &at(b_.attention, w.self).queries;
+    if (task.part >= 0) {
+        const int index = task.kv_head * query_blocks(m_) + task.first / kMaxQueries;
+        room = &at(b_.own_queries, w.self * m_.kv_heads * query_blocks(m_) + index);
+        if (std::exchange(at(w.made, index), l) == l) return *room;
+    }
     const KvLadder& ladder = e_.kv.ladder;
     for (int q = task.first; q < task.last; ++q)  // what other threads have written
         fetch(b_.q.row(q / group_) + (task.kv_head * group_ + q % group_) * m_.head_dim,
               m_.head_dim);
     for (int q = task.first; q < task.last; ++q) {
         const int slot = q - task.first;
-        load_query(l, q / group_, task.kv_head * group_ + q % group_, room.query(slot));
+        load_query(l, q / group_, task.kv_head * group_ + q % group_, room->query(slot));
         if (ladder.present())
             kernels_.turn_query(ladder.turn(l, task.kv_head, false), m_.head_dim, ladder.groups(),
-                                room.query(slot), slot, room.coded());
+                                room->query(slot), slot, room->coded());
     }
-    w.layer = l;
-    w.kv_head = task.kv_head;
-    w.query = task.first;
+    return *room;
 }
 
 void Forward::attend(Worker& w, int l, const AttentionTask& task) {
@@ -155,14 +151,14 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
     const KvLadder& ladder = e_.kv.ladder;
     const bool coded = ladder.present(), alone = task.part >= 0;
     if (alone) fetch_first(l, task);
-    load_queries(w, l, task);
+    const QueryRoom& room_of_queries = load_queries(w, l, task);
     const float* queries[kExactQueries];
     int positions[kExactQueries];
     int latest = 0;
     const int sequence = at(chunk_, task.first / group_).sequence;
     for (int q = task.first; q < task.last; ++q) {
         const int slot = q - task.first;
-        queries[slot] = room.query(slot);
+        queries[slot] = room_of_queries.query(slot);
         positions[slot] = at(chunk_, q / group_).position;
         latest = std::max(latest, positions[slot]);
     }
@@ -178,7 +174,7 @@ void Forward::attend(Worker& w, int l, const AttentionTask& task) {
     const int pages = coded ? coded_pages(sequence, latest) : latest / kPageTokens + 1;
     const int dims = coded ? ladder.groups() * kGroup : m_.head_dim;
     const Pages of{l,         task.kv_head, sequence, task.first / group_, count, queries,
-                   positions, window,       alone};
+                   positions, window,       alone,    &room_of_queries};
     const auto head = [&](int slot) {
         return task.kv_head * group_ + (task.first + slot) % group_;
     };
@@ -244,7 +240,7 @@ int Forward::coded_pages(int sequence, int position) const {
 void Forward::attend_coded(Worker& w, const Pages& of, int begin, int end, const Attended* drawn) {
     const KvLadder& ladder = e_.kv.ladder;
     const size_t first = at(first_slot_, of.token) + static_cast<size_t>(begin);
-    const CodedQueries queries = at(b_.attention, w.self).coded();
+    const CodedQueries queries = of.room->coded();
     CodedAttention a{ladder.groups(),
                      of.queries,
                      &queries,
@@ -264,11 +260,13 @@ void Forward::attend_coded(Worker& w, const Pages& of, int begin, int end, const
     kernels_.attend_coded(a);
 }
 
-// What the next task of this thread will read first, if the others take one meanwhile. It is a
-// guess: a wrong one costs a few reads.
+// What the next task of this thread will read first, if nobody takes it before. A wrong guess costs
+// a few reads.
 void Forward::expect(const Worker& w, const Pages& of, CodedAttention& a) const {
-    const int next = at(e_.phases_, static_cast<int>(w.phase) - 1).next() + threads_ - 1;
-    if (next >= static_cast<int>(tasks_.size()) || of.window > 0) return;
+    const int all = static_cast<int>(tasks_.size());
+    const int next = at(e_.phases_, static_cast<int>(w.phase) - 1)
+                         .next(all, attention_shares_, w.self * attention_shares_ / threads_);
+    if (next >= all || of.window > 0) return;
     const AttentionTask& task = at(tasks_, next);
     const int begin = part_begin(task.part), pages = coded_pages(of.sequence, of.positions[0]);
     const size_t first = at(first_slot_, of.token) + static_cast<size_t>(begin);

@@ -51,8 +51,10 @@ class Phase {
         wait(tasks);
     }
 
-    // The first task that nobody has taken yet, now, if there is one share.
-    int next() const { return next_[0].load(std::memory_order_relaxed); }
+    // The first task of a share that nobody has taken yet, now; it may be one of the next share.
+    int next(int tasks, int shares, int share) const {
+        return tasks * share / shares + next_[share].load(std::memory_order_relaxed);
+    }
 
   private:
     // Spins for some tens of microseconds, longer than a task usually takes, then sleeps.
