@@ -496,7 +496,7 @@ def press(pack: Path, tmp_path: Path, taker: subprocess.Popen[str]) -> None:
     with pliant.load(pack, chat=False) as model:
         full = model.depth
         budget = model.plan.total
-        total = budget + measure(others).now + 100 * MIB
+        total = measure().now + measure(others).now + 100 * MIB
 
         class Machine(Sources):
             def read(self) -> Signals:
