@@ -133,6 +133,11 @@ struct AttentionRoom {
     Aligned<float> data_, scalars_;
 };
 
+// The widest input of a matrix.
+constexpr int widest(const ModelSpec& m) {
+    return std::max({m.hidden, m.heads * m.head_dim, m.ffn});
+}
+
 // What the tokens of a chunk have, one after the other in `floats` floats from `at` on. What
 // attention works on is read no more when the feed-forward layer begins, so the two share their
 // room.
@@ -147,7 +152,7 @@ struct Activations {
         take(residual[0], chunk, m.hidden);
         take(residual[1], 1, m.hidden);
         take(out, chunk, m.hidden);
-        if (plain) take(x, chunk, std::max({m.hidden, heads, m.ffn}));
+        if (plain) take(x, chunk, widest(m));
         const size_t shared = floats;
         take(gate, chunk, m.ffn);
         const size_t end = std::exchange(floats, shared);
@@ -175,7 +180,7 @@ struct Executor::Buffers : Activations {
     // `reordered`: rows of a head that is stored in another order than the vocabulary, or 0.
     Buffers(const ModelSpec& m, int threads, int chunk, bool plain, size_t reordered)
         : Activations(m, chunk, plain, nullptr),
-          input(chunk, std::max({m.hidden, m.heads * m.head_dim, m.ffn}), {}),
+          input(chunk, widest(m), {}),
           half_(static_cast<size_t>(m.head_dim / 2)),
           padded_head_((static_cast<size_t>(m.head_dim) + 63) / 64 * 64),
           chunk_(static_cast<size_t>(chunk)),

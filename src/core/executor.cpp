@@ -212,9 +212,7 @@ void Executor::finish() {
     const size_t reordered = head().coded >= 0 ? weights.matrix(head().coded).position.size() : 0;
     bool plain = false;
     for (const Layer& layer : layers_)
-        for (const Linear* l :
-             {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
-            plain = plain || l->coded < 0;
+        for (const Linear* l : layer.linears()) plain = plain || l->coded < 0;
     buffers_ = std::make_unique<Buffers>(model_, pool_.size(), chunk_, plain, reordered);
 }
 
@@ -237,9 +235,7 @@ uint64_t Executor::base_bytes() const {
     };
     bytes += linear(embed_) + linear(head_);
     for (const Layer& layer : layers_) {
-        for (const Linear* l :
-             {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
-            bytes += linear(*l);
+        for (const Linear* l : layer.linears()) bytes += linear(*l);
         for (const auto* v : {&layer.attn_norm, &layer.ffn_norm, &layer.attn_post_norm,
                               &layer.ffn_post_norm, &layer.q_norm, &layer.k_norm})
             bytes += v->capacity() * 4;

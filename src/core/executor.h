@@ -1,6 +1,7 @@
 // The decoder: computes steps for any mix of prompt pieces and single tokens of several sequences.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <string>
@@ -26,6 +27,7 @@ struct Linear {
 
 struct Layer {
     Linear q, k, v, o, gate, up, down;
+    std::array<const Linear*, 7> linears() const { return {&q, &k, &v, &o, &gate, &up, &down}; }
     std::vector<float> attn_norm, ffn_norm, attn_post_norm, ffn_post_norm, q_norm, k_norm;
 };
 

@@ -37,7 +37,7 @@ class Forward {
 
     // What one thread has.
     struct Worker {
-        int self;
+        int self, share;             // of the tasks, to begin with
         InputBuffer& in;             // of matrices: everybody's, or its own
         int residual = 0;            // which of the two is up to date
         size_t phase = 0;            // the next one
@@ -89,7 +89,7 @@ class Forward {
     bool given_up() const { return !whole_ && e_.hurry_.load(std::memory_order_relaxed); }
     void work(int self);
     template <typename F>
-    void phase(Worker& w, int tasks, F&& task, int shares = 0);
+    void phase(Worker& w, int tasks, F&& task);
     template <typename Prepare, typename Task>
     void block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task, const Linear& next,
                const Norm* next_norm);
@@ -132,9 +132,8 @@ class Forward {
     const std::vector<ChunkToken>& chunk_;
     float *logits_, *states_;
     int tokens_, threads_, group_;
-    int shares_;            // of the tasks of a phase
-    int attention_shares_;  // … of attention
-    bool alone_;            // one token: every thread prepares inputs for itself
+    int shares_;  // of the tasks of a phase
+    bool alone_;  // one token: every thread prepares inputs for itself
     const bool whole_;
     bool ended_ = false;
     bool singles_;  // every sequence has one token: who attends appends its keys and values

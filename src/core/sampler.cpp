@@ -205,10 +205,10 @@ int32_t Sampler::draw(std::span<const float> logits, const SamplerOptions& optio
 
     std::array<double, kLogitEdges> sums;
     kernels_.mass_within(distances, edges.data(), sums.data());
-    // The tokens among which the masses, from the likeliest on, reach `target`, and what they
-    // reach.
+    // Where the masses, from the likeliest on, reach `target`: the tokens between two edges, what
+    // those before have, and how many of these it takes.
     struct Place {
-        size_t band;
+        double before;
         std::span<int32_t> ids;
         Reached reached;
     };
@@ -217,20 +217,19 @@ int32_t Sampler::draw(std::span<const float> logits, const SamplerOptions& optio
         const auto reached =
             std::lower_bound(sums.begin(), sums.end(), std::min(target, sums.back()));
         const auto band = static_cast<size_t>(reached - sums.begin());
+        const double before = band == 0 ? 0 : sums[band - 1];
         const std::span<int32_t> ids =
             within(distances, band == 0 ? 0 : edges[band - 1], edges[band]);
-        return Place{band, ids, order.reach(ids, target - (band == 0 ? 0 : sums[band - 1]))};
+        return Place{before, ids, order.reach(ids, target - before)};
     };
-    if (options.top_p == 1) {
-        const Place drawn = find(u * sums.back());
-        return drawn.ids[drawn.reached.count - 1];
-    }
-    const Place cut = find(static_cast<double>(options.top_p) * sums.back());
-    const double before = cut.band == 0 ? 0 : sums[cut.band - 1];
-    const double target = u * (before + cut.reached.sum);
-    if (target > before) {
-        const std::span<int32_t> kept = cut.ids.first(cut.reached.count);
-        return kept[order.reach(kept, target - before).count - 1];
+    double target = u * sums.back();
+    if (options.top_p < 1) {
+        const Place cut = find(static_cast<double>(options.top_p) * sums.back());
+        target = u * (cut.before + cut.reached.sum);
+        if (target > cut.before) {
+            const std::span<int32_t> kept = cut.ids.first(cut.reached.count);
+            return kept[order.reach(kept, target - cut.before).count - 1];
+        }
     }
     const Place drawn = find(target);
     return drawn.ids[drawn.reached.count - 1];
