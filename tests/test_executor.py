@@ -233,6 +233,14 @@ def test_many_tokens_are_divided_among_threads(pack: Pack, threads: int) -> None
         assert np.array_equal(run(build(pack, threads=threads, chunk=chunk), ids), want), chunk
 
 
+def test_threads_that_come_late_change_nothing(pack: Pack) -> None:
+    """Tokens one by one, by more threads than there are processors: others do the tasks of some."""
+    ids = some_ids(pack.manifest.model.vocab, 300)
+    want = run(build(pack, threads=1), ids)
+    for threads in (2, 5, 16):
+        assert np.array_equal(run(build(pack, threads=threads), ids, [1] * 300), want), threads
+
+
 def test_any_walk_of_sizes_ends_like_a_fresh_load(pack: Pack) -> None:
     rungs = len(pack.manifest.rungs)
     if not rungs:

@@ -34,7 +34,8 @@ Forward::Forward(Executor& executor, const std::vector<ChunkToken>& chunk, float
       tokens_(static_cast<int>(chunk.size())),
       threads_(executor.pool_.size()),
       group_(m_.heads / m_.kv_heads),
-      shares_(std::min(threads_, kMostShares)),
+      shares_(tokens_ == 1 ? 1 : std::min(threads_, kMostShares)),
+      attention_shares_(std::min(threads_, kMostShares)),
       alone_(tokens_ == 1),
       whole_(whole) {
     for (int t = 0; t < tokens_; ++t) {
@@ -51,7 +52,7 @@ bool Forward::run() {
 }
 
 void Forward::work(int self) {
-    Worker w{self, self * shares_ / threads_, alone_ ? at(b_.own, self) : b_.input};
+    Worker w{self, alone_ ? at(b_.own, self) : b_.input};
     if (alone_) w.made.assign(static_cast<size_t>(m_.kv_heads * query_blocks(m_)), -1);
     phase(w, tokens_, [&](int t) { embed(t); });
     // A thread that gives up leaves alone: whoever goes on does the tasks of all.
@@ -67,8 +68,9 @@ void Forward::work(int self) {
 }
 
 template <typename F>
-void Forward::phase(Worker& w, int tasks, F&& task) {
-    e_.phases_[w.phase++].run(tasks, shares_, w.share, task);
+void Forward::phase(Worker& w, int tasks, F&& task, int shares) {
+    if (shares == 0) shares = shares_;
+    e_.phases_[w.phase++].run(tasks, shares, w.self * shares / threads_, task);
 }
 
 // Inputs are prepared, then tasks use them: rows of matrices, for each part of the tokens. A single
@@ -186,7 +188,9 @@ void Forward::attention(Worker& w, int l) {
     if (!singles_ && !full_.empty())
         phase(w, static_cast<int>(full_.size()) * m_.kv_heads,
               [&](int i) { code_page(l, i % m_.kv_heads, at(full_, i / m_.kv_heads)); });
-    phase(w, static_cast<int>(tasks_.size()), [&](int i) { attend(w, l, at(tasks_, i)); });
+    phase(
+        w, static_cast<int>(tasks_.size()), [&](int i) { attend(w, l, at(tasks_, i)); },
+        attention_shares_);
 
     const Tasks out = divide(supertiles(layer.o));
     block(

@@ -37,7 +37,7 @@ class Forward {
 
     // What one thread has.
     struct Worker {
-        int self, share;             // of the tasks, to begin with
+        int self;
         InputBuffer& in;             // of matrices: everybody's, or its own
         int residual = 0;            // which of the two is up to date
         size_t phase = 0;            // the next one
@@ -89,7 +89,7 @@ class Forward {
     bool given_up() const { return !whole_ && e_.hurry_.load(std::memory_order_relaxed); }
     void work(int self);
     template <typename F>
-    void phase(Worker& w, int tasks, F&& task);
+    void phase(Worker& w, int tasks, F&& task, int shares = 0);
     template <typename Prepare, typename Task>
     void block(Worker& w, int inputs, Prepare&& prepare, int tasks, Task&& task, const Linear& next,
                const Norm* next_norm);
@@ -132,7 +132,9 @@ class Forward {
     const std::vector<ChunkToken>& chunk_;
     float *logits_, *states_;
     int tokens_, threads_, group_;
-    int shares_;  // of the tasks of a phase
+    // Of the tasks of a phase: one of a single token, since who takes the first task of a block
+    // must take it before others. Attention is divided in any case.
+    int shares_, attention_shares_;
     bool alone_;  // one token: every thread prepares inputs for itself
     const bool whole_;
     bool ended_ = false;

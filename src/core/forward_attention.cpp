@@ -264,7 +264,8 @@ void Forward::attend_coded(Worker& w, const Pages& of, int begin, int end, const
 // a few reads.
 void Forward::expect(const Worker& w, const Pages& of, CodedAttention& a) const {
     const int all = static_cast<int>(tasks_.size());
-    const int next = at(e_.phases_, static_cast<int>(w.phase) - 1).next(all, shares_, w.share);
+    const int next = at(e_.phases_, static_cast<int>(w.phase) - 1)
+                         .next(all, attention_shares_, w.self * attention_shares_ / threads_);
     if (next >= all || of.window > 0) return;
     const AttentionTask& task = at(tasks_, next);
     const int begin = part_begin(task.part), pages = coded_pages(of.sequence, of.positions[0]);
