@@ -238,7 +238,12 @@ def test_a_pack_holds_the_model(made: tuple[Source, PackResult], reader: Reader)
     for vector, (tensor, plus_one) in vectors.items():
         expected = source.tensor(tensor).numpy() + np.float32(plus_one)
         np.testing.assert_array_equal(opened.base[vector], expected)
-    assert any(len(m.blocks) > 1 for m in opened.manifest.matrices)
+    cut = [m for m in opened.manifest.matrices if len(m.blocks) > 1]
+    assert cut
+    for matrix in cut:
+        rows = opened.base[f"{matrix.name}.row_order"].astype(np.int64)
+        for part in np.split(rows, np.cumsum(matrix.blocks[:-1])):
+            assert (np.diff(part) > 0).all(), matrix.name
 
 
 def test_a_pack_says_how_good_it_is(made: tuple[Source, PackResult]) -> None:

@@ -177,8 +177,7 @@ constexpr int query_blocks(const ModelSpec& m) {
 constexpr int kOwnResults = 1024;
 
 struct Executor::Buffers : Activations {
-    // `reordered`: rows of a head that is stored in another order than the vocabulary, or 0.
-    Buffers(const ModelSpec& m, int threads, int chunk, bool plain, size_t reordered)
+    Buffers(const ModelSpec& m, int threads, int chunk, bool plain)
         : Activations(m, chunk, plain, nullptr),
           input(chunk, widest(m), {}),
           half_(static_cast<size_t>(m.head_dim / 2)),
@@ -201,7 +200,6 @@ struct Executor::Buffers : Activations {
             own_results.emplace_back(static_cast<size_t>(kOwnResults * kSupertile));
             scratch.emplace_back(kScratchBytes);
             together.emplace_back(input.stride * (chunk > 1 ? kTogether : 1));
-            head.emplace_back(reordered);
             attention.emplace_back(padded_head_);
             for (int q = 0; q < m.kv_heads * query_blocks(m); ++q)
                 own_queries.emplace_back(kMaxQueries, padded_head_);
@@ -213,7 +211,7 @@ struct Executor::Buffers : Activations {
         for (size_t i = 0; i < own.size(); ++i)
             total += own[i].bytes() + own_floats_[i].bytes() + own_residual[i].bytes() +
                      own_results[i].bytes() + scratch[i].bytes() + together[i].bytes() +
-                     head[i].bytes() + attention[i].bytes();
+                     attention[i].bytes();
         for (const QueryRoom& queries : own_queries) total += queries.bytes();
         return total;
     }
@@ -236,7 +234,6 @@ struct Executor::Buffers : Activations {
     std::vector<Aligned<float>> own_residual, own_results;
     std::vector<Aligned<uint8_t>> scratch;
     std::vector<Aligned<float>> together;  // of inputs that are prepared together
-    std::vector<Aligned<float>> head;      // logits of a token, to be put in order
     std::vector<AttentionRoom> attention;
     // Of a single token, every thread has the queries of all heads: [thread][kv head][block].
     std::vector<QueryRoom> own_queries;

@@ -208,12 +208,12 @@ void Executor::finish() {
             throw FormatError("norms after a block must be in all layers or in none");
     }
     kv.ladder.finish();
-    phases_ = std::vector<Phase>(static_cast<size_t>(m.layers) * kLayerPhases + kOtherPhases);
-    const size_t reordered = head().coded >= 0 ? weights.matrix(head().coded).position.size() : 0;
+    phases_ = std::vector<Phase>(static_cast<size_t>(m.layers) * kLayerPhases + kOtherPhases +
+                                 static_cast<size_t>(chunk_));
     bool plain = false;
     for (const Layer& layer : layers_)
         for (const Linear* l : layer.linears()) plain = plain || l->coded < 0;
-    buffers_ = std::make_unique<Buffers>(model_, pool_.size(), chunk_, plain, reordered);
+    buffers_ = std::make_unique<Buffers>(model_, pool_.size(), chunk_, plain);
 }
 
 size_t Executor::logit_rows(const std::vector<Piece>& pieces) {

@@ -65,11 +65,12 @@ class Executor {
     int threads() const { return pool_.size(); }
 
     // Appends the tokens of the pieces, one after the other in `tokens`, and writes the wanted
-    // logits, [rows][vocab], and the wanted states to the rows of their tokens, [tokens][hidden]. A
-    // sequence gets the same bits whatever else is in the step, however it is cut into steps, with
-    // any threads. False: it was given up, since somebody is in a hurry and it need not be `whole`;
-    // nothing has changed then, apart from what the results hold. Throws EngineError or UsageError
-    // before anything has changed.
+    // logits, [rows][vocab], and the wanted states to the rows of their tokens, [tokens][hidden];
+    // if any logits are wanted there is room for one row more behind them. A sequence gets the same
+    // bits whatever else is in the step, however it is cut into steps, with any threads. False: it
+    // was given up, since somebody is in a hurry and it need not be `whole`; nothing has changed
+    // then, apart from what the results hold. Throws EngineError or UsageError before anything has
+    // changed.
     bool step(const std::vector<Piece>& pieces, const int32_t* tokens, float* logits, float* states,
               bool whole = true);
     // Whether steps that need not be whole end soon, without effect; from any thread.
@@ -95,7 +96,7 @@ class Executor {
     Linear embed_, head_;
     std::vector<Layer> layers_;
     std::vector<float> final_norm_;
-    std::vector<Phase> phases_;  // of a chunk
+    std::vector<Phase> phases_;  // of a chunk; the last ones for its rows of logits
     std::unique_ptr<Buffers> buffers_;
 };
 

@@ -46,7 +46,8 @@ Forward::Forward(Executor& executor, const std::vector<ChunkToken>& chunk, float
 }
 
 bool Forward::run() {
-    for (Phase& phase : e_.phases_) phase.reset();
+    const size_t others = e_.phases_.size() - static_cast<size_t>(e_.chunk_);
+    for (size_t i = 0; i < others + wanted_.size(); ++i) e_.phases_[i].reset();
     e_.pool_.run([this](int self) { work(self); });
     return ended_;
 }
@@ -259,8 +260,8 @@ void Forward::results(Worker& w) {
     const int piece = std::clamp(all / (8 * threads_), kLeastHead, kMostHead);
     const size_t vocab = static_cast<size_t>(m_.vocab);
     float* const logits = logits_ + static_cast<size_t>(at(chunk_, wanted_.front()).logits) * vocab;
-    // A single row is put in order on its way from a buffer, several within themselves.
-    float* const to = places != nullptr && count == 1 ? b_.head.front().data() : logits;
+    // In another order a row is made where the next one belongs, and put in order on its way back.
+    float* const to = places != nullptr ? logits + vocab : logits;
     block(
         w, count,
         [&](int first, int some, bool keep) {
@@ -275,21 +276,15 @@ void Forward::results(Worker& w) {
     if (places == nullptr) return;
     // Gathered, not scattered: threads that write to the same lines of the cache wait for each
     // other.
-    const auto gather = [&](const float* from, float* row, int first, int last) {
-        for (int id = first; id < last; ++id) row[id] = from[at(*places, id)];
-    };
-    if (count == 1) {
-        constexpr int kPiece = 8192;
-        phase(w, (m_.vocab + kPiece - 1) / kPiece,
-              [&](int i) { gather(to, logits, i * kPiece, std::min((i + 1) * kPiece, m_.vocab)); });
-        return;
+    constexpr int kPiece = 8192;
+    for (int r = 0; r < count; ++r) {
+        float* const row = logits + static_cast<size_t>(r) * vocab;
+        const float* const from = row + vocab;
+        phase(w, (m_.vocab + kPiece - 1) / kPiece, [&](int i) {
+            const int last = std::min((i + 1) * kPiece, m_.vocab);
+            for (int id = i * kPiece; id < last; ++id) row[id] = from[at(*places, id)];
+        });
     }
-    phase(w, count, [&](int i) {
-        float *const row = logits + static_cast<size_t>(i) * vocab,
-                     *copy = at(b_.head, w.self).data();
-        std::copy_n(row, vocab, copy);
-        gather(copy, row, 0, m_.vocab);
-    });
 }
 
 // The residual of a token with what the last block has put out, through its norm if it has one;

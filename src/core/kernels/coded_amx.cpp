@@ -14,12 +14,15 @@ namespace {
 using namespace avx512;
 
 constexpr int kTileRows = 16;
-constexpr int kFewTokens = 6;
+constexpr int kFewTokens = 4;
 
 // So few are soon done: plies are fetched before anything else then, otherwise between tiles.
 constexpr int kAtOnce = 2 * kTileRows;
 
-constexpr int kBatch = 3;  // groups whose products are added up together
+// Of so few, half a tile of sums is left over: it takes the products of the next group.
+constexpr int kHalf = kTileRows / 2;
+
+constexpr int kBatch = 4;  // groups whose products are added up together, at most
 
 // Tiles 0, 1: levels of the two tiles of rows; 2, 3: inputs and their low parts; 4 to 7: sums.
 struct Config {
@@ -65,110 +68,140 @@ struct Tiling {
     int first(int tile) const { return std::min(tile * rows, tokens - rows); }
 };
 
-// Neighbouring groups of one supertile that are all deep or all shallow, decoded.
-struct Batch {
-    alignas(64) uint8_t high[kBatch][kSupertile * kGroup], low[kBatch][kSupertile * kGroup];
+// Neighbouring groups that are all deep or all shallow, whose products are added up together, and a
+// strip of supertiles that they go through, one after the other: so plies are read as streams, and
+// what belongs to groups is looked up once for all of them.
+struct Groups {
+    int count = 0;           // none: the end
+    bool wide, first, last;  // deep; of the groups of a supertile
+    int begin, end;          // of the supertiles
+    int group[kBatch], depth[kBatch];
+    const uint8_t* codes[kBatch];
+    const uint8_t* plies[kBatch * kMaxDepth];  // of all of the groups, one after the other
+    int ply_count;
     alignas(64) float factors[kBatch][kMaxTokens];
-    __m512 step[kBatch][2];
-    int group[kBatch];
-    // What the batch that is decoded next has of its plies: four lines each.
-    const uint8_t* next[kBatch * kMaxDepth];
-    int nexts, fetched;
-
-    void fetch_until(int count) {
-        for (; fetched < count; ++fetched)
-            for (int line = 0; line < 4; ++line) fetch(next[fetched] + 64 * line);
-    }
+    // With few tokens: their inputs between as many rows of zeros.
+    alignas(64) int8_t hi[kBatch][3 * kHalf * kGroup], lo[kBatch][3 * kHalf * kGroup];
 };
 
-// The batches of a product in their order: a strip of supertiles, as many as their sums have room
-// for, goes through the groups together, so that plies are read as streams.
-class Cursor {
+// The groups of a product in their order. A strip has as many supertiles as there is room for the
+// sums of.
+class Walk {
   public:
-    explicit Cursor(const CodedProduct& p)
-        : block_(p.block), size_(std::max(1, kMaxTokens / p.tokens)), end_(p.last) {
-        begin(p.first);
-    }
-    bool ended() const { return strip_ == end_; }
-    void next() {
-        if (++supertile < std::min(strip_ + size_, end_)) return;
-        supertile = strip_;
-        first = false;
-        for (; count > 0; --count)
-            if (++at_ == block_->runs[run_].count) ++run_, at_ = 0;
-        run_ < block_->runs.size() ? share() : begin(std::min(strip_ + size_, end_));
-    }
-    // Calls f(i, group, depth) for the groups.
-    template <typename F>
-    PLIANT_INLINE void each(F&& f) const {
-        size_t r = run_;
-        for (int i = 0, at = at_; i < count; ++i) {
-            const Run& run = block_->runs[r];
-            f(i, run.first + at, run.depth);
-            if (++at == run.count) ++r, at = 0;
-        }
-    }
-    int place() const { return supertile - strip_; }  // in the strip
+    explicit Walk(const CodedProduct& p)
+        : p_(p), size_(p.tokens <= kAtOnce ? kSums / p.tokens : 1), strip_(p.first) {}
 
-    int supertile = 0, count = 0;
-    bool wide = false, first = false, last = false;  // of the groups of a supertile
+    void read(Groups& to) {
+        const std::vector<Run>& runs = p_.block->runs;
+        if (run_ == runs.size()) {
+            strip_ = std::min(strip_ + size_, p_.last);
+            run_ = 0;
+        }
+        to.count = 0;
+        if (strip_ == p_.last) return;
+        to.begin = strip_;
+        to.end = std::min(strip_ + size_, p_.last);
+        to.first = run_ == 0 && at_ == 0;
+        to.wide = runs[run_].depth >= kWideDepth;
+        // The groups up to the next change between deep and shallow ones: by two pairs, or in
+        // batches of one size.
+        int left = -at_;
+        for (size_t r = run_; r < runs.size() && (runs[r].depth >= kWideDepth) == to.wide; ++r)
+            left += runs[r].count;
+        constexpr int kMost = 3;
+        const int batches = (left + kMost - 1) / kMost;
+        const int count =
+            p_.tokens <= kHalf ? std::min(left, kBatch) : (left + batches - 1) / batches;
+        to.ply_count = 0;
+        while (to.count < count) add(to);
+        to.last = run_ == runs.size();
+    }
 
   private:
-    void begin(int strip) {
-        strip_ = supertile = strip;
-        run_ = 0, at_ = 0;
-        first = true;
-        share();
-    }
-    // The groups up to the next change between deep and shallow ones, in batches of one size.
-    void share() {
-        wide = block_->runs[run_].depth >= kWideDepth;
-        int left = -at_;
-        size_t r = run_;
-        for (; r < block_->runs.size() && (block_->runs[r].depth >= kWideDepth) == wide; ++r)
-            left += block_->runs[r].count;
-        const int batches = (left + kBatch - 1) / kBatch;
-        count = (left + batches - 1) / batches;
-        last = batches == 1 && r == block_->runs.size();
+    void add(Groups& to) {
+        const Run& run = p_.block->runs[run_];
+        const int i = to.count++, g = run.first + at_;
+        to.group[i] = g;
+        to.depth[i] = run.depth;
+        to.codes[i] = p_.block->codes[static_cast<size_t>(g)];
+        const uint8_t* const* planes = &p_.block->planes[static_cast<size_t>(g * kMaxDepth)];
+        for (int ply = 0; ply < run.depth; ++ply) to.plies[to.ply_count++] = planes[ply];
+        factors_of(p_, g, run.depth, 0, p_.tokens, to.factors[i]);
+        if (p_.tokens <= kHalf) {
+            const size_t from = p_.x->at(g, 0) * kGroup;
+            between_zeros(p_.x->hi + from, to.hi[i]);
+            if (to.wide) between_zeros(p_.x->lo + from, to.lo[i]);
+        }
+        if (++at_ == run.count) ++run_, at_ = 0;
     }
 
-    const CodedBlock* block_;
-    int size_, end_, strip_ = 0;
+    void between_zeros(const int8_t* from, int8_t* to) const {
+        for (int row = 0; row < 3 * p_.tokens; ++row) {
+            const bool inside = row >= p_.tokens && row < 2 * p_.tokens;
+            const __m512i x = inside ? _mm512_loadu_si512(from + (row - p_.tokens) * kGroup)
+                                     : _mm512_setzero_si512();
+            _mm512_store_si512(to + row * kGroup, x);
+        }
+    }
+
+    const CodedProduct& p_;
+    int size_, strip_;
     size_t run_ = 0;
     int at_ = 0;  // in the run
 };
 
-// Decodes the groups at a place, and fetches what will be decoded later.
-void decode(const CodedProduct& p, const Cursor& cursor, const Cursor& later, Batch& batch) {
-    const CodedBlock& block = *p.block;
-    batch.nexts = batch.fetched = 0;
-    if (!later.ended())
-        later.each([&](int, int g, int depth) {
-            const uint8_t* const* planes = &block.planes[static_cast<size_t>(g * kMaxDepth)];
-            for (int ply = 0; ply < depth; ++ply)
-                batch.next[batch.nexts++] = planes[ply] + later.supertile * 256;
-            fetch(block.codes[static_cast<size_t>(g)] + later.supertile * 16);
-        });
-    if (p.tokens <= kAtOnce) batch.fetch_until(batch.nexts);
-    const size_t tile = static_cast<size_t>(cursor.supertile);
+// The plies of a supertile that is decoded later, four lines each. They are asked for bit by bit:
+// a processor that waits for more lines than it can keep in mind does nothing else.
+class Ahead {
+  public:
+    Ahead(const Groups& groups, int supertile) : groups_(groups), supertile_(supertile) {
+        if (groups.count == 0) return;
+        count_ = groups.ply_count;
+        for (int i = 0; i < groups.count; ++i) fetch(groups.codes[i] + supertile * 16);
+    }
+    void fetch_part(int part, int parts) {
+        for (const int end = count_ * part / parts; done_ < end; ++done_) {
+            const uint8_t* ply = groups_.plies[done_] + supertile_ * 256;
+            for (int line = 0; line < 4; ++line) fetch(ply + 64 * line);
+        }
+    }
+
+  private:
+    const Groups& groups_;
+    int supertile_, count_ = 0, done_ = 0;
+};
+
+// The groups of a supertile, decoded. Without the gap the two parts of a level would want the same
+// set of the cache.
+struct Batch {
+    alignas(64) uint8_t high[kBatch][kSupertile * kGroup], gap[kSupertile * kGroup];
+    alignas(64) uint8_t low[kBatch][kSupertile * kGroup];
+    __m512 step[kBatch][2];
+};
+
+void decode(const CodedProduct& p, const Groups& groups, int supertile, Ahead& ahead,
+            Batch& batch) {
     const __m512 steps = _mm512_load_ps(p.levels->steps);
-    cursor.each([&](int i, int g, int depth) {
-        const size_t group = static_cast<size_t>(g);
-        batch.group[i] = g;
-        row_steps(block.codes[group], tile, steps, batch.step[i]);
-        factors_of(p, g, depth, 0, p.tokens, batch.factors[i]);
+    const uint8_t* const* plies = groups.plies;
+    for (int i = 0; i < groups.count; ++i) {
+        const int depth = groups.depth[i];
+        row_steps(groups.codes[i], static_cast<size_t>(supertile), steps, batch.step[i]);
         with_depth(depth, [&]<int N>() {
             const Table<N> hi(p.levels->hi[N], 0), lo(p.levels->lo[N], 0);
             const uint8_t* planes[N];
-            planes_of<N>(block, g, cursor.supertile, planes);
+            for (int ply = 0; ply < N; ++ply) planes[ply] = plies[ply] + supertile * 256;
             decode<N>(planes, hi, lo, batch.high[i], batch.low[i]);
         });
-    });
+        plies += depth;
+        if (p.tokens <= kAtOnce) ahead.fetch_part(i + 1, groups.count);
+    }
 }
 
-// Products of the tokens of a tile with the groups of a batch.
+// Products of the tokens of a tile with the groups of a batch; with few tokens of two groups, one
+// after the other.
+template <int Count>
 struct Room {
-    alignas(64) int32_t top[kBatch][2][kTileRows][16], middle[kBatch][2][kTileRows][16];
+    alignas(64) int32_t top[Count][2][kTileRows][16], middle[Count][2][kTileRows][16];
 };
 
 // A whole number below 2^22 as the float kMagic + n, without a conversion.
@@ -194,23 +227,33 @@ struct Steps {
     }
 };
 
-// The products of a tile of tokens, from `first` on, with the groups of a batch.
-template <bool Wide, int Count>
-PLIANT_INLINE void make_products(const Prepared& x, int first, const Batch& batch, Room& room) {
+// The products of a tile of tokens, from `first` on, with the groups of a batch. To store a tile
+// takes longer than to multiply, so two groups share one if there are few tokens: to the first
+// belong inputs before zeros, to the second inputs after zeros.
+template <bool Wide, int Count, bool Few>
+PLIANT_INLINE void make_products(const Prepared& x, int first, int tokens, const Groups& groups,
+                                 const Batch& batch, Room<Count>& room) {
     repeat<Count>([&]<int i>() PLIANT_LAMBDA {
-        constexpr int kPair = Wide ? 4 : i % 2 * 2 + 4;
-        const size_t at = x.at(batch.group[i], first) * kGroup;
-        load<2>(x.hi + at, kGroup);
+        constexpr int kTogether = Few ? 2 : 1, kAt = i / kTogether;
+        constexpr int kSum = Wide ? 4 : kAt % 2 * 2 + 4;
+        constexpr bool kBegin = i % kTogether == 0;
+        const size_t at = Few ? static_cast<size_t>((kBegin ? tokens : 0) * kGroup)
+                              : x.at(groups.group[i], first) * kGroup;
+        load<2>((Few ? groups.hi[i] : x.hi) + at, kGroup);
         load<0>(batch.high[i], 128);
         load<1>(batch.high[i] + 64, 128);
-        clear<kPair>();
-        clear<kPair + 1>();
-        add_product<kPair, 2, 0>();
-        add_product<kPair + 1, 2, 1>();
+        if constexpr (kBegin) {
+            clear<kSum>();
+            clear<kSum + 1>();
+        }
+        add_product<kSum, 2, 0>();
+        add_product<kSum + 1, 2, 1>();
         if constexpr (Wide) {
-            load<3>(x.lo + at, kGroup);
-            clear<6>();
-            clear<7>();
+            load<3>((Few ? groups.lo[i] : x.lo) + at, kGroup);
+            if constexpr (kBegin) {
+                clear<6>();
+                clear<7>();
+            }
             add_product<6, 3, 0>();
             add_product<7, 3, 1>();
             load<0>(batch.low[i], 128);
@@ -218,32 +261,34 @@ PLIANT_INLINE void make_products(const Prepared& x, int first, const Batch& batc
             add_product<6, 2, 0>();
             add_product<7, 2, 1>();
         }
-        store<kPair>(room.top[i][0]);
-        store<kPair + 1>(room.top[i][1]);
-        if constexpr (Wide) {
-            store<6>(room.middle[i][0]);
-            store<7>(room.middle[i][1]);
+        if constexpr (i % kTogether + 1 == kTogether || i + 1 == Count) {
+            store<kSum>(room.top[kAt][0]);
+            store<kSum + 1>(room.top[kAt][1]);
+            if constexpr (Wide) {
+                store<6>(room.middle[kAt][0]);
+                store<7>(room.middle[kAt][1]);
+            }
         }
     });
 }
 
 // The products of a batch with all tokens are added to sums[token][32].
-template <bool Wide, int Count>
-void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor, Batch& batch,
-              float* sums) {
+template <bool Wide, int Count, bool Few>
+void multiply(const CodedProduct& p, const Tiling& tiling, const Groups& groups, int supertile,
+              const Batch& batch, Ahead& ahead, float* sums) {
     Steps steps0[Count], steps1[Count];
     repeat<Count>([&]<int i>() PLIANT_LAMBDA {
         steps0[i] = Steps(batch.step[i][0]);
         steps1[i] = Steps(batch.step[i][1]);
     });
-    const float* scale = p.block->row_scale + cursor.supertile * kSupertile;
-    float* out = p.out + (cursor.supertile - p.first) * kSupertile;
-    const bool begin = cursor.first, end = cursor.last;
-    Room room;
+    const float* scale = p.block->row_scale + supertile * kSupertile;
+    float* out = p.out + (supertile - p.first) * kSupertile;
+    const bool begin = groups.first, end = groups.last;
+    Room<Count> room;
     for (int tile = 0; tile < tiling.count; ++tile) {
         const int first = tiling.first(tile);
-        batch.fetch_until(batch.nexts * (tile + 1) / tiling.count);
-        make_products<Wide, Count>(*p.x, first, batch, room);
+        ahead.fetch_part(tile + 1, tiling.count);
+        make_products<Wide, Count, Few>(*p.x, first, p.tokens, groups, batch, room);
         for (int t = tile * kTileRows, row = t - first; row < tiling.rows; ++t, ++row) {
             float* sum = sums + t * kSupertile;
             __m512 a = _mm512_setzero_ps(), b = _mm512_setzero_ps();
@@ -252,13 +297,16 @@ void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor,
                 b = _mm512_load_ps(sum + 16);
             }
             repeat<Count>([&]<int i>() PLIANT_LAMBDA {
-                const __m512 factor = _mm512_set1_ps(batch.factors[i][t]);
-                a = _mm512_fmadd_ps(steps0[i].template operator()<Wide>(room.top[i][0][row],
-                                                                        room.middle[i][0][row]),
-                                    factor, a);
-                b = _mm512_fmadd_ps(steps1[i].template operator()<Wide>(room.top[i][1][row],
-                                                                        room.middle[i][1][row]),
-                                    factor, b);
+                const auto& [top, middle] = room;
+                constexpr int kAt = Few ? i / 2 : i;
+                const int at = Few ? i % 2 * p.tokens + row : row;
+                const __m512 factor = _mm512_set1_ps(groups.factors[i][t]);
+                a = _mm512_fmadd_ps(
+                    steps0[i].template operator()<Wide>(top[kAt][0][at], middle[kAt][0][at]),
+                    factor, a);
+                b = _mm512_fmadd_ps(
+                    steps1[i].template operator()<Wide>(top[kAt][1][at], middle[kAt][1][at]),
+                    factor, b);
             });
             if (end) {
                 float* to = out + static_cast<size_t>(t) * p.stride;
@@ -273,15 +321,22 @@ void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor,
 }
 
 template <bool Wide>
-void multiply(const CodedProduct& p, const Tiling& tiling, const Cursor& cursor, Batch& batch,
-              float* sums) {
-    switch (cursor.count) {
+void multiply(const CodedProduct& p, const Tiling& tiling, const Groups& groups, int supertile,
+              const Batch& batch, Ahead& ahead, float* sums) {
+    const auto with = [&]<int Count>() {
+        p.tokens <= kHalf
+            ? multiply<Wide, Count, true>(p, tiling, groups, supertile, batch, ahead, sums)
+            : multiply<Wide, Count, false>(p, tiling, groups, supertile, batch, ahead, sums);
+    };
+    switch (groups.count) {
         case 1:
-            return multiply<Wide, 1>(p, tiling, cursor, batch, sums);
+            return with.template operator()<1>();
         case 2:
-            return multiply<Wide, 2>(p, tiling, cursor, batch, sums);
+            return with.template operator()<2>();
+        case 3:
+            return with.template operator()<3>();
         default:
-            return multiply<Wide, 3>(p, tiling, cursor, batch, sums);
+            return with.template operator()<4>();
     }
 }
 
@@ -291,14 +346,20 @@ void coded_product(const CodedProduct& p) {
     if (p.tokens < kFewTokens || p.block->runs.empty()) return avx512::coded_product(p);
     fetch_pointers(*p.block, p.first, p.last);
     const Tiling tiling(p.tokens);
-    configure(Config(tiling.rows));
+    configure(Config(p.tokens <= kHalf ? 2 * p.tokens : tiling.rows));
+    Walk walk(p);
+    Groups room[2], *now = &room[0], *next = &room[1];
     Batch batch;
-    for (Cursor cursor(p), later(p); !cursor.ended(); cursor = later) {
-        later.next();
-        decode(p, cursor, later, batch);
-        float* sums = reinterpret_cast<float*>(p.scratch) + cursor.place() * p.tokens * kSupertile;
-        cursor.wide ? multiply<true>(p, tiling, cursor, batch, sums)
-                    : multiply<false>(p, tiling, cursor, batch, sums);
+    for (walk.read(*now); now->count > 0; std::swap(now, next)) {
+        walk.read(*next);
+        for (int s = now->begin; s < now->end; ++s) {
+            Ahead ahead = s + 1 < now->end ? Ahead(*now, s + 1) : Ahead(*next, next->begin);
+            decode(p, *now, s, ahead, batch);
+            float* sums =
+                reinterpret_cast<float*>(p.scratch) + (s - now->begin) * p.tokens * kSupertile;
+            now->wide ? multiply<true>(p, tiling, *now, s, batch, ahead, sums)
+                      : multiply<false>(p, tiling, *now, s, batch, ahead, sums);
+        }
     }
     release();
 }

@@ -47,7 +47,8 @@ struct CodedProduct {
 };
 
 constexpr int kMaxTokens = 128;  // most tokens of one product
-constexpr size_t kScratchBytes = 2 * kSupertile * kGroup + kMaxTokens * kSupertile * sizeof(float);
+constexpr int kSums = 512;       // rows of sums, [32], that a product of few tokens may hold
+constexpr size_t kScratchBytes = 2 * kSupertile * kGroup + kSums * kSupertile * sizeof(float);
 
 // out[t][r] = Σ_k w[r][k] · x[t][k] for rows [first, last), w in float32 or bfloat16.
 struct PlainProduct {

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Parts", "kv_wish", "load", "open_parts"]
 
 PARK_LIMIT = 4 * 2**30
-LOGIT_ROWS = 1  # rows of logits in memory at once besides one for each answer
+LOGIT_ROWS = 2  # besides a row for each answer: one to put them in order, one of the step before
 ROUNDING = MIB  # fixed parts are rounded up to it, so that plans do not differ from run to run
 
 Also = tuple[str, "Callable[[Pack, Tokenizer], int]"]

@@ -79,8 +79,9 @@ class CodedModel:
     ) -> CodedMatrix:
         """Encode `weight`, float32 [rows, columns], that the model uses as `uses` say.
 
-        With `blocks` above 1 the rows are put in order of importance and cut. `upper` is the
-        factor of its inputs for error feedback (codec/feedback.py).
+        With `blocks` above 1 the rows are put in order of importance and cut; within a block they
+        are in their own order, so that what belongs to them is put in order by reading as many
+        streams. `upper` is the factor of its inputs for error feedback (codec/feedback.py).
         """
         rows, columns = weight.shape
         channels = torch.from_numpy(self.orders[order])
@@ -90,6 +91,8 @@ class CodedModel:
             cost = np.sum([_row_costs(weight, use) for use in uses], axis=0)
             row_order = np.argsort(-cost, kind="stable")
             cuts = importance.row_blocks(cost[row_order], blocks)
+            parts = np.split(row_order, np.cumsum(cuts[:-1]))
+            row_order = np.concatenate([np.sort(part) for part in parts])
         at = None if row_order is None else torch.from_numpy(row_order)
 
         def read(start: int, stop: int) -> torch.Tensor:
