@@ -6,9 +6,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+#include <sys/mman.h>
 
 #include <cmath>
 #include <memory>
+#include <new>
 #include <optional>
 
 #include "../core/error.h"
@@ -83,9 +85,33 @@ float from_half(uint16_t h) {
 }
 
 // A result as a NumPy array [rows][columns], which owns it.
-nb::object as_array(std::unique_ptr<float[]> values, size_t rows, size_t columns) {
-    float* data = values.release();
-    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+// Results of many rows are mapped, so that they go back to the kernel when they are dropped: what
+// malloc keeps of them would belong to nobody. Those of few rows come again with the next step.
+struct Drop {
+    size_t mapped = 0;
+    void operator()(float* values) const {
+        if (mapped > 0)
+            munmap(values, mapped);
+        else
+            delete[] values;
+    }
+};
+using Values = std::unique_ptr<float[], Drop>;
+
+Values room(size_t rows, int columns) {
+    constexpr size_t kFewRows = 32;
+    const size_t count = std::max<size_t>(rows * static_cast<size_t>(columns), 1);
+    if (rows <= kFewRows) return Values(new float[count]);
+    const size_t bytes = count * sizeof(float);
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) throw std::bad_alloc();
+    return Values(static_cast<float*>(data), Drop{bytes});
+}
+
+nb::object as_array(Values values, size_t rows, size_t columns) {
+    float* data = values.get();
+    nb::capsule owner(new Values(std::move(values)),
+                      [](void* p) noexcept { delete static_cast<Values*>(p); });
     return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(data, {rows, columns}, owner));
 }
 
@@ -107,17 +133,12 @@ std::vector<Piece> pieces_from(const std::vector<int>& sequences, const std::vec
     return pieces;
 }
 
-std::unique_ptr<float[]> room(size_t rows, int columns) {
-    return std::unique_ptr<float[]>(
-        new float[std::max<size_t>(rows * static_cast<size_t>(columns), 1)]);
-}
-
 nb::object step_logits(Executor& self, const std::vector<int>& sequences,
                        const std::vector<int>& counts, const Array1<int32_t>& tokens,
                        const std::vector<int>& want, bool whole) {
     const std::vector<Piece> pieces = pieces_from(sequences, counts, want, tokens);
     const size_t rows = Executor::logit_rows(pieces);
-    std::unique_ptr<float[]> logits = room(rows + 1, self.model().vocab);
+    Values logits = room(rows + 1, self.model().vocab);
     bool ended;
     {
         nb::gil_scoped_release release;
@@ -133,7 +154,7 @@ nb::object step_states(Executor& self, const std::vector<int>& sequences,
         pieces_from(sequences, counts, std::vector<int>(counts.size(), 0), tokens);
     for (Piece& piece : pieces) piece.want = Want::kStates;
     const size_t rows = tokens.shape(0);
-    std::unique_ptr<float[]> states = room(rows, self.model().hidden);
+    Values states = room(rows, self.model().hidden);
     bool ended;
     {
         nb::gil_scoped_release release;

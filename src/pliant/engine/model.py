@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from array import array
@@ -256,8 +257,11 @@ class Model(Closing):
         """
         ids = self._checked(ids)
         rows, vocab = len(ids), self.pack.manifest.model.vocab
+        if not ids:
+            raise UsageError("no token was given")
         self._fits_result(rows, vocab)
-        result = np.empty((rows, vocab), np.float32)
+        # Not from malloc, which may keep it when it is dropped: nobody would hold it then.
+        result = np.frombuffer(mmap.mmap(-1, rows * vocab * 4), np.float32).reshape(rows, vocab)
         done = 0
         for block in self.logit_blocks(ids):
             result[done : done + len(block)] = block
