@@ -328,7 +328,9 @@ def test_a_step_that_is_given_up_changes_nothing(pack: Pack) -> None:
         executor.truncate(a, 200)
 
 
-def test_reads_that_are_overtaken_leave_whole_rungs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.1])
+def test_reads_that_are_overtaken_leave_whole_rungs(tmp_path: Path, share: float) -> None:
+    """Alone, and in turns of one and of several threads beside steps."""
     pack = Pack.open(
         write_random_pack(tmp_path / "pack", least=8, hidden=256, ffn=512, rung_bytes=16_384)
     )
@@ -346,7 +348,14 @@ def test_reads_that_are_overtaken_leave_whole_rungs(tmp_path: Path) -> None:
         at = executor.read_rungs_count
         reader = threading.Thread(
             target=lambda at=at, turn=turn: answers.append(
-                executor.read_rungs(places[at:], first=at, ticket=2 * turn, threads=3)
+                executor.read_rungs(
+                    places[at:],
+                    first=at,
+                    ticket=2 * turn,
+                    threads=3,
+                    direct=share < 1,
+                    share=share,
+                )
             )
         )
         reader.start()

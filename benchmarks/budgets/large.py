@@ -156,18 +156,20 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     }
     every = [turn for some in turns.values() for turn in some]
     slowest = max(turn["shrink_acknowledged_ms"] for turn in every)
-    # The best of all, which had memory that was at hand.
-    disk = max(turn["disk_into_new_memory"] for turn in every)
-    of_disk = medians["from_disk"]["growth"] / disk
+    # Beside the plain read just before each, since what new memory costs changes.
+    parts = {
+        name: statistics.median(turn["growth"] / turn[name] for turn in turns["from_disk"])
+        for name in ("disk_into_the_same_memory", "within_reach")
+    }
     return {
         "pack": str(options.pack),
         "weights": everything,
         **medians,
-        "disk_into_new_memory_at_best": disk,
-        "growth_of_disk": of_disk,
+        "growth_of_disk": parts["disk_into_the_same_memory"],
+        "growth_of_within_reach": parts["within_reach"],
         "slowest_shrink_ms": slowest,
         "kept": slowest <= SHRINK_MS
-        and of_disk >= PART
+        and parts["within_reach"] >= PART
         and medians["from_disk"]["decode_kept"] >= PART,
     }
 
@@ -195,7 +197,10 @@ def _turn(pack: Path, model: pliant.Model, answers: Answers, *, cold: bool) -> d
     model.move(weights=everything).wait()
     end = time.monotonic()
     during = answers.speed(begin, end)
+    # A plain reader has a processor for itself; decoding leaves so much of all of them.
+    left = min((1 - PART) * len(os.sched_getaffinity(0)), 1.0)
     return {
+        "within_reach": min(same, disk * left),
         "disk_into_new_memory": disk,
         "disk_into_the_same_memory": same,
         "growth": (everything - half) / (end - begin),

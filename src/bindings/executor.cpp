@@ -263,8 +263,10 @@ void init_executor(nb::module_& module) {
                 std::vector<RungSource> sources;
                 for (const auto& [fd, offset, bytes, crc] : locations)
                     sources.push_back({fd, offset, bytes, crc});
-                if (!(share > 0.0)) throw UsageError("a share of the time must be above 0");
-                const Reading how{ticket, goal, threads.value_or(self.threads()), direct, share};
+                if (!(share > 0.0)) throw UsageError("a share of the processors must be above 0");
+                if (share < 1.0) self.duty().allow(share);
+                const Reading how{ticket, goal, threads.value_or(self.threads()), direct,
+                                  share < 1.0 ? &self.duty() : nullptr};
                 nb::gil_scoped_release release;
                 return self.weights.read(first.value_or(self.weights.read_rungs()), sources, how);
             },

@@ -63,6 +63,7 @@ class Executor {
     const ModelSpec& model() const { return model_; }
     const char* isa() const { return kernels_->name; }
     int threads() const { return pool_.size(); }
+    DutyCycle& duty() { return duty_; }
 
     // Appends the tokens of the pieces, one after the other in `tokens`, and writes the wanted
     // logits, [rows][vocab], and the wanted states to the rows of their tokens, [tokens][hidden];
@@ -91,6 +92,7 @@ class Executor {
     ModelSpec model_;
     const Kernels* kernels_;
     ThreadPool pool_;
+    DutyCycle duty_{pool_.size()};
     int chunk_;
     std::atomic<bool> hurry_{false};
     Linear embed_, head_;

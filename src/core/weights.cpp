@@ -179,14 +179,13 @@ bool Weights::read(int first, const std::vector<RungSource>& sources, const Read
         return failed.load() || newest_.load() > how.ticket;
     };
     const auto work = [&] {
-        Pace pace(how.share / threads);
         for (int i = next++; i < count && !ended(); i = next++) {
             try {
                 const RungSource& source = sources[static_cast<size_t>(i)];
                 uint8_t* to = arena_.data() + rung_begin_[static_cast<size_t>(first + i)];
                 const int direct = how.direct ? second.at(source.fd).fd() : -1;
                 complete[static_cast<size_t>(i)] =
-                    read_rung(source, direct, to, first + i, pace, ended);
+                    read_rung(source, direct, to, first + i, how.beside, ended);
             } catch (...) {
                 // Who overtakes may take the memory away under a read, before its checksum.
                 if (newest_.load() > how.ticket) return;

@@ -20,7 +20,7 @@ struct Reading {
     int goal = 0;                  // rungs that there will be at the end of this and further reads
     int threads = 1;               // each has one read in flight
     bool direct = false;           // what the kernel does not have in its cache is read past it
-    double share = 1.0;  // of a processor, for all threads together: the rest is for the steps
+    DutyCycle* beside = nullptr;   // of the steps that go on meanwhile, if any do
 };
 
 // Every rung has a fixed place in one arena, in ladder order, so the resident rungs are always its

@@ -17,7 +17,7 @@ _BATCH = 64  # rungs that are asked for together
 _READS = 4  # in flight while steps go on: the disk is busy while a reader waits for a processor
 
 SHARE = 0.16
-"""The part of the processors of the steps that a growth may use beside them."""
+"""The part of the processors of the steps that a growth computes on beside them."""
 
 
 class Weights:
@@ -74,7 +74,7 @@ class Weights:
                         ticket=ticket,
                         threads=threads if alone else _READS,
                         direct=not alone,
-                        share=threads * (SHARE if self._turns.taken else 1.0),
+                        share=SHARE if self._turns.taken else 1.0,
                     )
                 with self._turns.next():
                     if self._newest == ticket:
