@@ -138,7 +138,7 @@ nb::object step_logits(Executor& self, const std::vector<int>& sequences,
                        const std::vector<int>& want, bool whole) {
     const std::vector<Piece> pieces = pieces_from(sequences, counts, want, tokens);
     const size_t rows = Executor::logit_rows(pieces);
-    Values logits = room(rows + 1, self.model().vocab);
+    Values logits = room(rows > 0 ? rows + 1 : 0, self.model().vocab);
     bool ended;
     {
         nb::gil_scoped_release release;

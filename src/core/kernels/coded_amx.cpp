@@ -22,7 +22,8 @@ constexpr int kAtOnce = 2 * kTileRows;
 // Of so few, half a tile of sums is left over: it takes the products of the next group.
 constexpr int kHalf = kTileRows / 2;
 
-constexpr int kBatch = 4;  // groups whose products are added up together, at most
+constexpr int kBatch = 4;      // groups whose products are added up together, at most
+constexpr int kFullBatch = 3;  // where each fills a tile
 
 // Tiles 0, 1: levels of the two tiles of rows; 2, 3: inputs and their low parts; 4 to 7: sums.
 struct Config {
@@ -108,8 +109,7 @@ class Walk {
         int left = -at_;
         for (size_t r = run_; r < runs.size() && (runs[r].depth >= kWideDepth) == to.wide; ++r)
             left += runs[r].count;
-        constexpr int kMost = 3;
-        const int batches = (left + kMost - 1) / kMost;
+        const int batches = (left + kFullBatch - 1) / kFullBatch;
         const int count =
             p_.tokens <= kHalf ? std::min(left, kBatch) : (left + batches - 1) / batches;
         to.ply_count = 0;
@@ -324,9 +324,10 @@ template <bool Wide>
 void multiply(const CodedProduct& p, const Tiling& tiling, const Groups& groups, int supertile,
               const Batch& batch, Ahead& ahead, float* sums) {
     const auto with = [&]<int Count>() {
-        p.tokens <= kHalf
-            ? multiply<Wide, Count, true>(p, tiling, groups, supertile, batch, ahead, sums)
-            : multiply<Wide, Count, false>(p, tiling, groups, supertile, batch, ahead, sums);
+        if (p.tokens <= kHalf)
+            multiply<Wide, Count, true>(p, tiling, groups, supertile, batch, ahead, sums);
+        else if constexpr (Count <= kFullBatch)
+            multiply<Wide, Count, false>(p, tiling, groups, supertile, batch, ahead, sums);
     };
     switch (groups.count) {
         case 1:

@@ -256,9 +256,8 @@ class Model(Closing):
         BudgetError if the result itself, 4 bytes a value, has no room in the budget.
         """
         ids = self._checked(ids)
+        self._fits_context(len(ids))
         rows, vocab = len(ids), self.pack.manifest.model.vocab
-        if not ids:
-            raise UsageError("no token was given")
         self._fits_result(rows, vocab)
         # Not from malloc, which may keep it when it is dropped: nobody would hold it then.
         result = np.frombuffer(mmap.mmap(-1, rows * vocab * 4), np.float32).reshape(rows, vocab)
@@ -271,8 +270,6 @@ class Model(Closing):
     def logit_blocks(self, ids: Sequence[int], *, rows: int = 64) -> Iterator[Floats]:
         """As `logits`, but in blocks of at most `rows` rows, so that only one is in memory."""
         ids = self._checked(ids)
-        if not ids:
-            raise UsageError("no token was given")
         if rows < 1:
             raise UsageError(f"rows must be at least 1, and not {rows}")
         self._fits_context(len(ids))
@@ -293,8 +290,6 @@ class Model(Closing):
         before each step; an EngineError follows if it says so.
         """
         ids = self._checked(ids)
-        if not ids:
-            raise UsageError("no token was given")
         self._fits_context(len(ids))
         total = np.zeros(self.pack.manifest.model.hidden, np.float64)
         with self.session() as session:
@@ -561,6 +556,8 @@ class Model(Closing):
         return checked
 
     def _fits_context(self, tokens: int) -> None:
+        if tokens == 0:
+            raise UsageError("no token was given")
         context = self._cache.context
         if tokens > context:
             way = "a larger budget or context holds more"
