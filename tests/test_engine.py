@@ -422,8 +422,12 @@ def test_logits_that_have_no_room_are_refused() -> None:
     assert model.logits([1, 2]).shape == (2, 300)
     with pytest.raises(BudgetError, match="logits take"):
         model.logits([1] * 100)
-    blocks = list(model.logit_blocks([1] * 100, rows=30))
-    assert [block.shape for block in blocks] == [(30, 300)] * 3 + [(10, 300)]
+    with pytest.raises(BudgetError, match="use fewer rows"):
+        next(model.logit_blocks([1] * 100, rows=50))
+    blocks = list(model.logit_blocks([1] * 100, rows=3))
+    assert [block.shape for block in blocks] == [(3, 300)] * 33 + [(1, 300)]
+    assert 1 < len(next(model.logit_blocks([1] * 100))) < 8
+    assert len(next(fake_model().logit_blocks([1] * 100))) == 64
 
 
 # --- with the core

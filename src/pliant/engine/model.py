@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 import threading
 import time
 from array import array
@@ -44,6 +45,14 @@ __all__ = ["Model"]
 
 _LOST, _LOSS = 8, 0.25
 """Steps in a row, and their seconds, that changes of the budget may cost; then one is whole."""
+
+
+_BLOCK_ROWS = 64  # of logits that are made together
+
+
+def _block_rows(room: int) -> int:
+    """Of two blocks, one to put rows in order, and the one of a step before."""
+    return min(max((room - 2) // 2, 1), _BLOCK_ROWS)
 
 
 def _nobody(on: bool) -> None:
@@ -258,21 +267,32 @@ class Model(Closing):
         ids = self._checked(ids)
         self._fits_context(len(ids))
         rows, vocab = len(ids), self.pack.manifest.model.vocab
-        self._fits_result(rows, vocab)
+        room = self._logit_rows(rows)
+        if rows > room:
+            raise self._no_logits(rows, room, "use logit_blocks, or a larger budget")
         # Not from malloc, which may keep it when it is dropped: nobody would hold it then.
         result = np.frombuffer(mmap.mmap(-1, rows * vocab * 4), np.float32).reshape(rows, vocab)
         done = 0
-        for block in self.logit_blocks(ids):
+        for block in self.logit_blocks(ids, rows=_block_rows(room - rows)):
             result[done : done + len(block)] = block
             done += len(block)
         return result
 
-    def logit_blocks(self, ids: Sequence[int], *, rows: int = 64) -> Iterator[Floats]:
-        """As `logits`, but in blocks of at most `rows` rows, so that only one is in memory."""
+    def logit_blocks(self, ids: Sequence[int], *, rows: int | None = None) -> Iterator[Floats]:
+        """As `logits`, but in blocks of at most `rows` rows. None: 64, or as many as the budget has
+        room for.
+
+        There are two in memory, one while the next is computed; BudgetError if they have no room.
+        """
         ids = self._checked(ids)
-        if rows < 1:
+        if rows is not None and rows < 1:
             raise UsageError(f"rows must be at least 1, and not {rows}")
         self._fits_context(len(ids))
+        room = self._logit_rows(len(ids))
+        if rows is None:
+            rows = _block_rows(room)
+        elif (need := 2 * min(rows, len(ids))) > room:
+            raise self._no_logits(need, room, "use fewer rows, or a larger budget")
         with self.session() as session:
             yield from session.feed_all(ids, rows)
 
@@ -565,22 +585,25 @@ class Model(Closing):
                 way = "this model was made for no more"
             raise EngineError(f"{tokens} tokens do not fit into the context of {context}: {way}")
 
-    def _fits_result(self, rows: int, vocab: int) -> None:
+    def _logit_rows(self, tokens: int) -> int:
+        """Rows of logits that the budget has room for beside the KV of so many tokens."""
         if self.budget is None:
-            return
+            return sys.maxsize
         with self._turns:
             self._refresh()
         owners = self.ledger.owners()
         held, touched = owners["kv"]
         level = self._cache.level
-        own_kv = self._sizes.kv_session(level, rows) + self._sizes.kv_in_chunk(level, rows)
+        own_kv = self._sizes.kv_session(level, tokens) + self._sizes.kv_in_chunk(level, tokens)
         room = self.ledger.free + owners["logits"][0] + max(0, held - touched - own_kv)
-        if rows * vocab * 4 > room:
-            raise BudgetError(
-                f"{rows} x {vocab} logits take {format_size(rows * vocab * 4)}, and the budget of "
-                f"{format_size(self.budget)} leaves {format_size(room)}: use logit_blocks, "
-                "or a larger budget"
-            )
+        return room // (4 * self.pack.manifest.model.vocab)
+
+    def _no_logits(self, rows: int, room: int, way: str) -> BudgetError:
+        vocab = self.pack.manifest.model.vocab
+        return BudgetError(
+            f"{rows} x {vocab} logits take {format_size(rows * vocab * 4)}, and the budget of "
+            f"{format_size(self.budget or 0)} leaves {format_size(room * vocab * 4)}: {way}"
+        )
 
     def _limits(self, memory: int | str | None, weights: int | str | None) -> Wish:
         return self._holdings.limits(
