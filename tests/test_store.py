@@ -469,6 +469,7 @@ WRONG_TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "step of zero": (change("scale_steps", item(5, 0)), "scale_steps: a step of 0"),
     "huge step": (change("scale_steps", item(5, 2e19)), "and none may be above 1.84467e.19"),
     "tree falls": (change("tree", item(slice(6, 8), [1, 0])), "tree: the levels of depth 3 do not"),
+    "tree leans": (change("tree", item(13, 9.0)), "tree: the levels of depth 3 are not symmetric"),
     "tree rests": (change("tree", item(slice(0, 2), 0)), "tree: the levels of depth 1 do not rise"),
     "tree is NaN": (change("tree", item(0, np.nan)), "tree: NaN or infinity"),
     "order twice": (

@@ -1,5 +1,6 @@
 #include "coded.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <string>
@@ -58,6 +59,10 @@ void LevelTables::build(const float* levels, const float* scale_steps) {
     for (int depth = 1; depth <= kMaxDepth; ++depth) {
         const int count = 1 << depth;
         const float* level = levels + count - 2;
+        for (int i = 0; i < count / 2; ++i)
+            if (!(level[i] == -level[count - 1 - i]))
+                throw FormatError("the levels of depth " + std::to_string(depth) +
+                                  " are not symmetric");
         float peak = 0.0f;
         for (int i = 0; i < count; ++i) peak = std::fmax(peak, std::fabs(level[i]));
         scale[depth] = peak / 127.0f;
@@ -66,13 +71,12 @@ void LevelTables::build(const float* levels, const float* scale_steps) {
             if (depth < kWideDepth) {
                 hi[depth][byte] = static_cast<int8_t>(std::lrintf(share * 127.0f));
             } else {
-                const int value = static_cast<int>(std::lrintf(share * 32512.0f));
-                const int high = (value + 128) >> 8;
-                int low = value - high * 256;
-                if (low == -128)
-                    low = -127;  // keeps |lo| a positive int8 for the kernels that negate it
-                hi[depth][byte] = static_cast<int8_t>(high);
-                lo[depth][byte] = static_cast<int8_t>(low);
+                const int value = static_cast<int>(std::lrintf(std::fabs(share) * 32512.0f));
+                const int high = (value + 128) >> 8, sign = share < 0.0f ? -1 : 1;
+                // Not -128, which has no counterpart for the kernels that negate it.
+                const int low = std::max(value - high * 256, -127);
+                hi[depth][byte] = static_cast<int8_t>(sign * high);
+                lo[depth][byte] = static_cast<int8_t>(sign * low);
             }
         }
     }

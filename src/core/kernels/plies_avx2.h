@@ -67,23 +67,33 @@ PLIANT_INLINE void nibbles(const __m256i* v, __m256i* out) {
     }
 }
 
-// The collected bits (see LevelTables) of 8 rows × 32 columns; j has columns 4 j … 4 j + 3.
+// From this depth on the sign, ply 1, is looked at apart: negative levels are the positive ones,
+// mirrored, so that half of a table is enough.
+constexpr int kMirrored = 6;
+
+// The collected bits of 8 rows × 32 columns; j has columns 4 j … 4 j + 3. Four plies that a shuffle
+// looks up, the first ones, or those after the sign; and the others, the sign first.
 template <int N>
 struct Bits {
     __m256i low[4], high[N <= 4 ? 1 : 4];
 
     PLIANT_INLINE Bits(const uint8_t* const* planes, size_t at) {
         __m256i v[N];
-        for (int i = 0; i < N; ++i) v[i] = load(planes[i] + at);
+        if constexpr (N >= kMirrored) {
+            for (int i = 1; i < N; ++i) v[i < 5 ? i - 1 : i] = load(planes[i] + at);
+            v[4] = load(planes[0] + at);
+        } else {
+            for (int i = 0; i < N; ++i) v[i] = load(planes[i] + at);
+        }
         nibbles<(N < 4 ? N : 4)>(v, low);
         if constexpr (N > 4) nibbles<N - 4>(v + 4, high);
     }
-    // The first four plies, in the low nibbles; nothing else.
+    // Four plies in the low nibbles, garbage above.
     template <int j>
     PLIANT_INLINE __m256i lower() const {
-        return _mm256_and_si256(left<(j < 4 ? 0 : -4)>(low[j % 4]), bytes(0x0F));
+        return left<(j < 4 ? 0 : -4)>(low[j % 4]);
     }
-    // The plies from 5 on, ply 5 on top; garbage below them.
+    // The others, the first of them on top; garbage below them.
     template <int j>
     PLIANT_INLINE __m256i upper() const {
         if constexpr (N > 4)
@@ -93,22 +103,43 @@ struct Bits {
     }
 };
 
-// The levels of a depth, xor `flip`: with 0x80 they are unsigned, level + 128.
+// The levels of a depth, plus `flip`: with 0x80 they are unsigned, level + 128.
 template <int N>
 struct Table {
-    static constexpr int kBits = N <= 4 ? 0 : N - 4;  // beyond those of a shuffle
+    static constexpr int kDone = N >= kMirrored ? 1 : 0;      // of the upper bits: the sign
+    static constexpr int kBits = N <= 4 ? 0 : N - 4 - kDone;  // beyond those of a shuffle
     __m256i part[1 << kBits];
+    __m256i flip;
 
-    PLIANT_INLINE Table(const int8_t* levels, int flip) {
-        constexpr int kStep = N == 7 ? 32 : 16;  // at depth 7 a bit of the index has no meaning
-        for (int k = 0; k < 1 << kBits; ++k)
-            part[k] = _mm256_xor_si256(
-                bytes(flip), _mm256_broadcastsi128_si256(_mm_load_si128(
-                                 reinterpret_cast<const __m128i*>(levels) + k * kStep / 16)));
+    PLIANT_INLINE Table(const int8_t* levels, int flipped) : flip(bytes(flipped)) {
+        // The tables (LevelTables) have plies 1-4 in the index of a row, and rows by the others.
+        const auto* const rows = reinterpret_cast<const __m128i*>(levels);
+        for (int k = 0; k < 1 << kBits; ++k) {
+            __m128i row;
+            if constexpr (N >= kMirrored) {  // positive, plies 2-5 in the index
+                constexpr int kFifth = N == 6 ? 2 : 8, kStep = N == 7 ? 2 : 1;
+                row = _mm_unpackhi_epi8(_mm_load_si128(rows + k * kStep),
+                                        _mm_load_si128(rows + k * kStep + kFifth));
+                part[k] = _mm256_broadcastsi128_si256(row);
+            } else {
+                row = _mm_load_si128(rows + k);
+                part[k] = _mm256_add_epi8(flip, _mm256_broadcastsi128_si256(row));
+            }
+        }
     }
     template <int j>
     PLIANT_INLINE __m256i look_up(const Bits<N>& bits) const {
-        return pick<0, kBits, 0>(bits.template lower<j>(), bits.template upper<j>());
+        const __m256i upper = bits.template upper<j>(), four = bytes(0x0F);
+        if constexpr (N >= kMirrored) {
+            const __m256i negative = _mm256_cmpgt_epi8(upper, bytes(-1));  // where the sign is 0
+            const __m256i lower = _mm256_xor_si256(bits.template lower<j>(), negative);
+            const __m256i level = pick<0, kBits, kDone>(_mm256_and_si256(lower, four),
+                                                        _mm256_xor_si256(upper, negative));
+            return _mm256_add_epi8(_mm256_xor_si256(level, negative),
+                                   _mm256_sub_epi8(flip, negative));
+        } else {
+            return pick<0, kBits, kDone>(_mm256_and_si256(bits.template lower<j>(), four), upper);
+        }
     }
 
   private:

@@ -157,6 +157,8 @@ def check_values(array: Array, check: str, where: str) -> None:
                 levels = array[2**depth - 2 : 2 ** (depth + 1) - 2]
                 if not (levels[1:] > levels[:-1]).all():
                     raise FormatError(f"{where}: the levels of depth {depth} do not rise")
+                if not np.array_equal(levels, -levels[::-1]):
+                    raise FormatError(f"{where}: the levels of depth {depth} are not symmetric")
 
 
 def check_kv_ladder(ladder: npt.NDArray[np.uint32], model: ModelSpec, where: str) -> None:
