@@ -196,9 +196,144 @@ void multiply(const Prepared& x, int g, int token, const Decoded& group, float* 
     }
 }
 
+// Deep groups by products of 16 bits. With level = 256 hi + lo, the sum that is wanted is
+// Σ (256 hi · xh + hi · xl + lo · xh) / 256 = Σ (level · xh + hi · xl) / 256: a product of pairs
+// (level, hi) and (xh, xl), and one sum of 32 bits instead of two. Rounded to a float it is what
+// the two of Sums are.
+
+// A decoded group of a supertile: [64 columns][4 parts][8 rows] pairs.
+struct DecodedPairs {
+    alignas(64) uint8_t pairs[kGroup * kSupertile * 4];
+    float factors[kMaxTokens];
+    __m256 step[4];
+};
+
+template <int N>
+PLIANT_INLINE void decode_pairs(const uint8_t* const* planes, const Table<N>& hi,
+                                const Table<N>& lo, DecodedPairs& group) {
+    for (int part = 0; part < 4; ++part)
+        for (int h = 0; h < 2; ++h) {
+            const Bits<N> bits(planes, place(part, h));
+            repeat<8>([&]<int j>() PLIANT_LAMBDA {
+                const __m256i high = hi.template look_up<j>(bits);
+                const __m256i low = lo.template look_up<j>(bits);
+                repeat<4>([&]<int c>() PLIANT_LAMBDA {  // column c of each row, with its sign
+                    const __m256i h32 = _mm256_srai_epi32(_mm256_slli_epi32(high, 24 - 8 * c), 24);
+                    const __m256i l32 = _mm256_srai_epi32(_mm256_slli_epi32(low, 24 - 8 * c), 24);
+                    const __m256i level = _mm256_add_epi32(_mm256_slli_epi32(h32, 8), l32);
+                    const int at = ((32 * h + 4 * j + c) * 4 + part) * 32;
+                    _mm256_store_si256(reinterpret_cast<__m256i*>(group.pairs + at),
+                                       _mm256_blend_epi16(level, _mm256_slli_epi32(h32, 16), 0xAA));
+                });
+            });
+        }
+}
+
+// The pairs of an input: [64 columns].
+PLIANT_INLINE void make_pairs(const int8_t* xh, const int8_t* xl, int32_t* out) {
+    for (int k = 0; k < kGroup; k += 16) {
+        const auto wide = [&](const int8_t* x) PLIANT_LAMBDA {
+            return _mm256_cvtepi8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(x + k)));
+        };
+        const __m256i h = wide(xh), l = wide(xl);
+        const __m256i even = _mm256_unpacklo_epi16(h, l), odd = _mm256_unpackhi_epi16(h, l);
+        auto* to = reinterpret_cast<__m256i*>(out + k);
+        _mm256_store_si256(to, _mm256_permute2x128_si256(even, odd, 0x20));
+        _mm256_store_si256(to + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+    }
+}
+
+// The sums of T tokens and two parts.
+template <int T>
+struct PairSums {
+    __m256i sum0 = _mm256_setzero_si256(), sum1 = _mm256_setzero_si256();
+    PairSums<T - 1> rest;
+
+    PLIANT_INLINE void add(const int32_t* x, __m256i w0, __m256i w1) {
+        const __m256i pair = _mm256_set1_epi32(*x);
+        add(sum0, _mm256_madd_epi16(w0, pair));
+        add(sum1, _mm256_madd_epi16(w1, pair));
+        rest.add(x + kGroup, w0, w1);
+    }
+    PLIANT_INLINE void finish(const float* factors, const __m256* step, float* sums) const {
+        const __m256 factor = _mm256_set1_ps(*factors);
+        finish(sum0, factor, step[0], sums);
+        finish(sum1, factor, step[1], sums + kPart);
+        rest.finish(factors + 1, step, sums + kSupertile);
+    }
+
+  private:
+    // In assembly, so that sums stay in their registers.
+    static PLIANT_INLINE void add(__m256i& sum, __m256i product) {
+        asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
+    }
+    static PLIANT_INLINE void finish(__m256i sum, __m256 factor, __m256 step, float* sums) {
+        const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(1.0f / 256.0f));
+        _mm256_store_ps(sums,
+                        _mm256_fmadd_ps(_mm256_mul_ps(value, step), factor, _mm256_load_ps(sums)));
+    }
+};
+template <>
+struct PairSums<0> {
+    PLIANT_INLINE void add(const int32_t*, __m256i, __m256i) {}
+    PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
+};
+
+// Adds the products of T tokens with it to sums[token][32]; x: their pairs.
+template <int T>
+void multiply(const int32_t* x, const float* factors, const DecodedPairs& group, float* sums) {
+    for (int half = 0; half < 2; ++half) {
+        PairSums<T> sum;
+        const uint8_t* w = group.pairs + 64 * half;
+        for (int k = 0; k < kGroup; ++k, w += 128) sum.add(x + k, load(w), load(w + 32));
+        sum.finish(factors, group.step + 2 * half, sums + 2 * kPart * half);
+    }
+}
+
+template <int N>
+void many_tokens_in_pairs(const Strip& strip, const Run& run) {
+    constexpr int kBlock = 6;
+    const CodedProduct& p = strip.p;
+    const CodedBlock& block = *p.block;
+    const __m256 low = _mm256_load_ps(p.levels->steps), high = _mm256_load_ps(p.levels->steps + 8);
+    const Table<N> hi(p.levels->hi[N], 0), lo(p.levels->lo[N], 0);
+    // Behind the sums of the strip.
+    int32_t* const x = reinterpret_cast<int32_t*>(strip.sums + kMaxTokens * kSupertile);
+    static_assert(kScratchBytes >= kMaxTokens * (kSupertile + kGroup) * sizeof(int32_t));
+    DecodedPairs group;
+    for (int g = run.first; g < run.first + run.count; ++g) {
+        factors_of(p, g, N, 0, p.tokens, group.factors);
+        for (int t = 0; t < p.tokens; ++t) {
+            const size_t at = p.x->at(g, t) * kGroup;
+            make_pairs(p.x->hi + at, p.x->lo + at, x + t * kGroup);
+        }
+        const uint8_t* planes[N];
+        planes_of<N>(block, g, strip.first, planes);
+        float* sums = strip.sums;
+        for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
+            strip.scout.go(N);
+            decode_pairs<N>(planes, hi, lo, group);
+            const uint8_t* codes =
+                block.codes[static_cast<size_t>(g)] + static_cast<size_t>(s) * 16;
+            for (int part = 0; part < 4; ++part)
+                group.step[part] = row_steps(codes, part, low, high);
+            int t = 0;
+            for (; t + kBlock <= p.tokens; t += kBlock)
+                multiply<kBlock>(x + t * kGroup, group.factors + t, group, sums + t * kSupertile);
+            repeat<kBlock - 1>([&]<int i>() PLIANT_LAMBDA {
+                if (p.tokens - t == i + 1)
+                    multiply<i + 1>(x + t * kGroup, group.factors + t, group,
+                                    sums + t * kSupertile);
+            });
+            repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
+        }
+    }
+}
+
 // Many tokens: as many at a time as there are registers for their sums.
 template <typename Dot, int N>
 void many_tokens(const Strip& strip, const Run& run) {
+    if constexpr (Dot::kPairs && N >= kWideDepth) return many_tokens_in_pairs<N>(strip, run);
     constexpr int kBlock = N < kWideDepth ? Dot::kTokens : Dot::kTokens / 2;
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;

@@ -162,7 +162,8 @@ struct Table {
 // vpmaddubsw wants one unsigned factor, so the sign of the input moves to the level.
 struct Signed {
     static constexpr int kFlip = 0;
-    static constexpr int kTokens = 4;  // whose sums of 16 rows fit into registers
+    static constexpr int kTokens = 4;     // whose sums of 16 rows fit into registers
+    static constexpr bool kPairs = true;  // products of 16 bits are cheaper than three of 8
     static PLIANT_INLINE __m256i start(int32_t) { return _mm256_setzero_si256(); }
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
@@ -179,6 +180,7 @@ struct Signed {
 struct Unsigned {
     static constexpr int kFlip = 0x80;
     static constexpr int kTokens = 6;
+    static constexpr bool kPairs = false;
     static PLIANT_INLINE __m256i start(int32_t sum) { return _mm256_set1_epi32(-128 * sum); }
     // Of AVX-VNNI. In assembly, as in coded_avx512.cpp; and so only the assembler has to know it.
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
