@@ -251,8 +251,8 @@ struct PairSums {
 
     PLIANT_INLINE void add(const int32_t* x, __m256i w0, __m256i w1) {
         const __m256i pair = _mm256_set1_epi32(*x);
-        add(sum0, _mm256_madd_epi16(w0, pair));
-        add(sum1, _mm256_madd_epi16(w1, pair));
+        add32(sum0, _mm256_madd_epi16(w0, pair));
+        add32(sum1, _mm256_madd_epi16(w1, pair));
         rest.add(x + kGroup, w0, w1);
     }
     PLIANT_INLINE void finish(const float* factors, const __m256* step, float* sums) const {
@@ -263,10 +263,6 @@ struct PairSums {
     }
 
   private:
-    // In assembly, so that sums stay in their registers.
-    static PLIANT_INLINE void add(__m256i& sum, __m256i product) {
-        asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
-    }
     static PLIANT_INLINE void finish(__m256i sum, __m256 factor, __m256 step, float* sums) {
         const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(1.0f / 256.0f));
         _mm256_store_ps(sums,

@@ -157,6 +157,11 @@ struct Table {
     }
 };
 
+// In assembly, so that sums stay in their registers.
+PLIANT_INLINE void add32(__m256i& sum, __m256i product) {
+    asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
+}
+
 // Products of four neighbouring bytes each, added to 32-bit sums.
 
 // vpmaddubsw wants one unsigned factor, so the sign of the input moves to the level.
@@ -167,7 +172,7 @@ struct Signed {
     static PLIANT_INLINE __m256i start(int32_t) { return _mm256_setzero_si256(); }
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        add32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     // Of an input that is not negative with signed levels.
     static PLIANT_INLINE void add_positive(__m256i& sum, __m256i w, __m256i x) {
