@@ -106,53 +106,57 @@ struct Bits {
 // The levels of a depth, plus `flip`: with 0x80 they are unsigned, level + 128.
 template <int N>
 struct Table {
-    static constexpr int kDone = N >= kMirrored ? 1 : 0;      // of the upper bits: the sign
-    static constexpr int kBits = N <= 4 ? 0 : N - 4 - kDone;  // beyond those of a shuffle
+    static constexpr int kBits = N < 5 ? 0 : N == 5 ? 1 : N - 5;  // that choose a part
     __m256i part[1 << kBits];
     __m256i flip;
 
+    // `levels`: of LevelTables. Their rows are looked up by plies 1-4, and chosen by the others.
     PLIANT_INLINE Table(const int8_t* levels, int flipped) : flip(bytes(flipped)) {
-        // The tables (LevelTables) have plies 1-4 in the index of a row, and rows by the others.
-        const auto* const rows = reinterpret_cast<const __m128i*>(levels);
-        for (int k = 0; k < 1 << kBits; ++k) {
-            __m128i row;
-            if constexpr (N >= kMirrored) {  // positive, plies 2-5 in the index
-                constexpr int kFifth = N == 6 ? 2 : 8, kStep = N == 7 ? 2 : 1;
-                row = _mm_unpackhi_epi8(_mm_load_si128(rows + k * kStep),
-                                        _mm_load_si128(rows + k * kStep + kFifth));
-                part[k] = _mm256_broadcastsi128_si256(row);
-            } else {
-                row = _mm_load_si128(rows + k);
-                part[k] = _mm256_add_epi8(flip, _mm256_broadcastsi128_si256(row));
-            }
+        const auto row = [&](int k) PLIANT_LAMBDA {
+            return _mm_load_si128(reinterpret_cast<const __m128i*>(levels) + k);
+        };
+        if constexpr (N < kMirrored) {
+            for (int k = 0; k < 1 << kBits; ++k)
+                part[k] = _mm256_add_epi8(flip, _mm256_broadcastsi128_si256(row(k)));
+        } else {
+            constexpr int kFifth = N == 6 ? 2 : 8, kStep = N == 7 ? 2 : 1;  // of ply 5, of the last
+            for (int k = 0; k < 1 << kBits; ++k)  // the positive ones, by plies 2-5
+                part[k] = _mm256_broadcastsi128_si256(
+                    _mm_unpackhi_epi8(row(k * kStep), row(k * kStep + kFifth)));
+            for (int bit = 1; bit < 1 << kBits; bit *= 2)
+                for (int k = 0; k < 1 << kBits; ++k)
+                    if (k & bit) part[k] = _mm256_xor_si256(part[k], part[k ^ bit]);
         }
     }
     template <int j>
     PLIANT_INLINE __m256i look_up(const Bits<N>& bits) const {
-        const __m256i upper = bits.template upper<j>(), four = bytes(0x0F);
-        if constexpr (N >= kMirrored) {
+        const __m256i lower = bits.template lower<j>(), upper = bits.template upper<j>();
+        const __m256i four = bytes(0x0F);
+        if constexpr (N < 5) {
+            return _mm256_shuffle_epi8(part[0], _mm256_and_si256(lower, four));
+        } else if constexpr (N == 5) {
+            const __m256i at = _mm256_and_si256(lower, four);
+            return _mm256_blendv_epi8(_mm256_shuffle_epi8(part[0], at),
+                                      _mm256_shuffle_epi8(part[1], at), upper);
+        } else {
             const __m256i negative = _mm256_cmpgt_epi8(upper, bytes(-1));  // where the sign is 0
-            const __m256i lower = _mm256_xor_si256(bits.template lower<j>(), negative);
-            const __m256i level = pick<0, kBits, kDone>(_mm256_and_si256(lower, four),
-                                                        _mm256_xor_si256(upper, negative));
+            const __m256i rest = _mm256_xor_si256(upper, negative);
+            // A part says what changes where all its bits are set: a polynomial of them. Where one
+            // is not, the index has bit 7, for which a shuffle gives zero. Blends are slow on
+            // Intel.
+            __m256i at[1 << kBits];
+            at[0] = _mm256_and_si256(_mm256_xor_si256(lower, negative), four);
+            __m256i level = _mm256_shuffle_epi8(part[0], at[0]);
+            repeat<kBits>([&]<int b>() PLIANT_LAMBDA {
+                const __m256i unset = _mm256_andnot_si256(left<kBits - b>(rest), bytes(0x80));
+                repeat<1 << b>([&]<int i>() PLIANT_LAMBDA {
+                    constexpr int k = (1 << b) + i;
+                    at[k] = _mm256_or_si256(at[i], unset);
+                    level = _mm256_xor_si256(level, _mm256_shuffle_epi8(part[k], at[k]));
+                });
+            });
             return _mm256_add_epi8(_mm256_xor_si256(level, negative),
                                    _mm256_sub_epi8(flip, negative));
-        } else {
-            return pick<0, kBits, kDone>(_mm256_and_si256(bits.template lower<j>(), four), upper);
-        }
-    }
-
-  private:
-    // From 2^Left parts; bit 7 - Done of `upper` says which half of them.
-    template <int First, int Left, int Done>
-    PLIANT_INLINE __m256i pick(__m256i lower, __m256i upper) const {
-        if constexpr (Left == 0) {
-            return _mm256_shuffle_epi8(part[First], lower);
-        } else {
-            constexpr int kSecond = First + (1 << (Left - 1));
-            return _mm256_blendv_epi8(pick<First, Left - 1, Done + 1>(lower, upper),
-                                      pick<kSecond, Left - 1, Done + 1>(lower, upper),
-                                      left<Done>(upper));
         }
     }
 };
