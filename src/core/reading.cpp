@@ -52,7 +52,9 @@ DirectFile::~DirectFile() {
 
 bool read_rung(const RungSource& source, int direct, uint8_t* to, int index, DutyCycle* beside,
                const std::function<bool()>& ended) {
-    const bool cached = is_cached(source.fd, source.offset, source.bytes);
+    // It matters only where there are two ways, or steps.
+    const bool cached =
+        (direct < 0 && beside == nullptr) || is_cached(source.fd, source.offset, source.bytes);
     int fd = direct >= 0 && !cached ? direct : source.fd;
     uint64_t done = 0;
     uint32_t crc = 0;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 
 #include "ops.h"
 #include "plies_avx2.h"
@@ -21,6 +22,12 @@ PLIANT_INLINE __m256 row_steps(const uint8_t* codes, int part, __m256 low, __m25
     const __m256 above = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // bit 3 to the sign
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),
                             _mm256_permutevar8x32_ps(high, code), above);
+}
+
+// sums[8 rows] += value · step · factor.
+PLIANT_INLINE void add_scaled(__m256 value, __m256 step, __m256 factor, float* sums) {
+    _mm256_store_ps(sums,
+                    _mm256_fmadd_ps(_mm256_mul_ps(value, step), factor, _mm256_load_ps(sums)));
 }
 
 // The sums of T tokens and one or two parts. Members of nested structs become registers; elements
@@ -62,8 +69,7 @@ struct Sums {
         if constexpr (Wide)
             value =
                 _mm256_fmadd_ps(_mm256_cvtepi32_ps(middle), _mm256_set1_ps(1.0f / 256.0f), value);
-        _mm256_store_ps(sums,
-                        _mm256_fmadd_ps(_mm256_mul_ps(value, step), factor, _mm256_load_ps(sums)));
+        add_scaled(value, step, factor, sums);
     }
 };
 template <typename Dot, bool Wide, int Parts>
@@ -148,86 +154,64 @@ void few_tokens(const Strip& strip, const Run& run) {
         kBlocks[static_cast<size_t>(std::min(kBlock, tokens - token) - 1)](strip, run, token);
 }
 
-// A decoded group of a supertile: [16 quads of columns][4 parts][8 rows][4 columns].
-struct Decoded {
-    alignas(64) uint8_t high[kSupertile * kGroup], low[kSupertile * kGroup];
-    float factors[kMaxTokens];
-    __m256 step[4];
-};
-
+// A decoded group of a supertile, and its products with many tokens, kBlock at a time, which are
+// added to sums[token][32]; apart from the rest, so that their sums have all registers. Bytes: [16
+// quads of columns][4 parts][8 rows][4 columns].
 template <typename Dot, int N>
-PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi, const Table<N>& lo,
-                          Decoded& group) {
-    for (int part = 0; part < 4; ++part)
-        for (int h = 0; h < 2; ++h) {
-            const Bits<N> bits(planes, place(part, h));
-            repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                const int at = (8 * h + j) * 128 + 32 * part;
-                _mm256_store_si256(reinterpret_cast<__m256i*>(group.high + at),
-                                   hi.template look_up<j>(bits));
-                if constexpr (N >= kWideDepth)
-                    _mm256_store_si256(reinterpret_cast<__m256i*>(group.low + at),
-                                       lo.template look_up<j>(bits));
-            });
-        }
-}
+struct Bytes {
+    static constexpr bool kWide = N >= kWideDepth;
+    static constexpr int kFlip = Dot::kFlip, kBlock = kWide ? Dot::kTokens / 2 : Dot::kTokens;
+    alignas(64) uint8_t high[kSupertile * kGroup], low[kSupertile * kGroup];
+    const Prepared& x;
+    int g = 0;
 
-// Adds the products of T tokens from `token` on with it to sums[token][32].
-template <typename Dot, int N, int T>
-void multiply(const Prepared& x, int g, int token, const Decoded& group, float* sums) {
-    constexpr bool kWide = N >= kWideDepth;
-    const size_t begin = x.at(g, token);
-    for (int half = 0; half < 2; ++half) {
-        const int8_t* xh = x.hi + begin * kGroup;
-        const int8_t* xl = x.lo + begin * kGroup;
-        Sums<Dot, kWide, 2, T> sum;
-        sum.start(x.sum_hi + begin, x.sum_lo + begin);
-        for (int at = 64 * half; at < kSupertile * kGroup; at += 128, xh += 4, xl += 4) {
-            const __m256i w[] = {load(group.high + at), load(group.high + at + 32)};
-            if constexpr (kWide) {
-                const __m256i l[] = {load(group.low + at), load(group.low + at + 32)};
-                sum.add(xh, xl, w, l);
-            } else {
-                sum.add(xh, nullptr, w, nullptr);
+    explicit Bytes(const Strip& strip) : x(*strip.p.x) {}
+    void begin(int group) { g = group; }
+
+    PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi,
+                              const Table<N>& lo) {
+        for (int part = 0; part < 4; ++part)
+            for (int h = 0; h < 2; ++h) {
+                const Bits<N> bits(planes, place(part, h));
+                repeat<8>([&]<int j>() PLIANT_LAMBDA {
+                    const int at = (8 * h + j) * 128 + 32 * part;
+                    _mm256_store_si256(reinterpret_cast<__m256i*>(high + at),
+                                       hi.template look_up<j>(bits));
+                    if constexpr (kWide)
+                        _mm256_store_si256(reinterpret_cast<__m256i*>(low + at),
+                                           lo.template look_up<j>(bits));
+                });
             }
-        }
-        sum.finish(group.factors + token, group.step + 2 * half,
-                   sums + token * kSupertile + 2 * kPart * half);
     }
-}
+
+    template <int T>
+    [[gnu::noinline]] void multiply(int token, const float* factors, const __m256* step,
+                                    float* sums) const {
+        const size_t first = x.at(g, token);
+        for (int half = 0; half < 2; ++half) {
+            const int8_t* xh = x.hi + first * kGroup;
+            const int8_t* xl = x.lo + first * kGroup;
+            Sums<Dot, kWide, 2, T> sum;
+            sum.start(x.sum_hi + first, x.sum_lo + first);
+            for (int at = 64 * half; at < kSupertile * kGroup; at += 128, xh += 4, xl += 4) {
+                const __m256i w[] = {load(high + at), load(high + at + 32)};
+                if constexpr (kWide) {
+                    const __m256i l[] = {load(low + at), load(low + at + 32)};
+                    sum.add(xh, xl, w, l);
+                } else {
+                    sum.add(xh, nullptr, w, nullptr);
+                }
+            }
+            sum.finish(factors + token, step + 2 * half,
+                       sums + token * kSupertile + 2 * kPart * half);
+        }
+    }
+};
 
 // Deep groups by products of 16 bits. With level = 256 hi + lo, the sum that is wanted is
 // Σ (256 hi · xh + hi · xl + lo · xh) / 256 = Σ (level · xh + hi · xl) / 256: a product of pairs
 // (level, hi) and (xh, xl), and one sum of 32 bits instead of two. Rounded to a float it is what
 // the two of Sums are.
-
-// A decoded group of a supertile: [64 columns][4 parts][8 rows] pairs.
-struct DecodedPairs {
-    alignas(64) uint8_t pairs[kGroup * kSupertile * 4];
-    float factors[kMaxTokens];
-    __m256 step[4];
-};
-
-template <int N>
-PLIANT_INLINE void decode_pairs(const uint8_t* const* planes, const Table<N>& hi,
-                                const Table<N>& lo, DecodedPairs& group) {
-    for (int part = 0; part < 4; ++part)
-        for (int h = 0; h < 2; ++h) {
-            const Bits<N> bits(planes, place(part, h));
-            repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                const __m256i high = hi.template look_up<j>(bits);
-                const __m256i low = lo.template look_up<j>(bits);
-                repeat<4>([&]<int c>() PLIANT_LAMBDA {  // column c of each row, with its sign
-                    const __m256i h32 = _mm256_srai_epi32(_mm256_slli_epi32(high, 24 - 8 * c), 24);
-                    const __m256i l32 = _mm256_srai_epi32(_mm256_slli_epi32(low, 24 - 8 * c), 24);
-                    const __m256i level = _mm256_add_epi32(_mm256_slli_epi32(h32, 8), l32);
-                    const int at = ((32 * h + 4 * j + c) * 4 + part) * 32;
-                    _mm256_store_si256(reinterpret_cast<__m256i*>(group.pairs + at),
-                                       _mm256_blend_epi16(level, _mm256_slli_epi32(h32, 16), 0xAA));
-                });
-            });
-        }
-}
 
 // The pairs of an input: [64 columns].
 PLIANT_INLINE void make_pairs(const int8_t* xh, const int8_t* xl, int32_t* out) {
@@ -265,8 +249,7 @@ struct PairSums {
   private:
     static PLIANT_INLINE void finish(__m256i sum, __m256 factor, __m256 step, float* sums) {
         const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(1.0f / 256.0f));
-        _mm256_store_ps(sums,
-                        _mm256_fmadd_ps(_mm256_mul_ps(value, step), factor, _mm256_load_ps(sums)));
+        add_scaled(value, step, factor, sums);
     }
 };
 template <>
@@ -275,84 +258,92 @@ struct PairSums<0> {
     PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
 };
 
-// Adds the products of T tokens with it to sums[token][32]; x: their pairs.
-template <int T>
-void multiply(const int32_t* x, const float* factors, const DecodedPairs& group, float* sums) {
-    for (int half = 0; half < 2; ++half) {
-        PairSums<T> sum;
-        const uint8_t* w = group.pairs + 64 * half;
-        for (int k = 0; k < kGroup; ++k, w += 128) sum.add(x + k, load(w), load(w + 32));
-        sum.finish(factors, group.step + 2 * half, sums + 2 * kPart * half);
-    }
-}
-
+// As Bytes, in pairs: [64 columns][4 parts][8 rows].
 template <int N>
-void many_tokens_in_pairs(const Strip& strip, const Run& run) {
-    constexpr int kBlock = 6;
-    const CodedProduct& p = strip.p;
-    const CodedBlock& block = *p.block;
-    const __m256 low = _mm256_load_ps(p.levels->steps), high = _mm256_load_ps(p.levels->steps + 8);
-    const Table<N> hi(p.levels->hi[N], 0), lo(p.levels->lo[N], 0);
-    // Behind the sums of the strip.
-    int32_t* const x = reinterpret_cast<int32_t*>(strip.sums + kMaxTokens * kSupertile);
-    static_assert(kScratchBytes >= kMaxTokens * (kSupertile + kGroup) * sizeof(int32_t));
-    DecodedPairs group;
-    for (int g = run.first; g < run.first + run.count; ++g) {
-        factors_of(p, g, N, 0, p.tokens, group.factors);
+struct Pairs {
+    static constexpr int kFlip = 0, kBlock = 6;
+    alignas(64) uint8_t pairs[kGroup * kSupertile * 4];
+    const CodedProduct& p;
+    int32_t* const x;  // [tokens][64 columns], behind the sums of the strip
+
+    explicit Pairs(const Strip& strip)
+        : p(strip.p), x(reinterpret_cast<int32_t*>(strip.sums + kMaxTokens * kSupertile)) {
+        static_assert(kScratchBytes >= kMaxTokens * (kSupertile + kGroup) * sizeof(int32_t));
+    }
+    void begin(int group) {
         for (int t = 0; t < p.tokens; ++t) {
-            const size_t at = p.x->at(g, t) * kGroup;
+            const size_t at = p.x->at(group, t) * kGroup;
             make_pairs(p.x->hi + at, p.x->lo + at, x + t * kGroup);
         }
-        const uint8_t* planes[N];
-        planes_of<N>(block, g, strip.first, planes);
-        float* sums = strip.sums;
-        for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
-            strip.scout.go(N);
-            decode_pairs<N>(planes, hi, lo, group);
-            const uint8_t* codes =
-                block.codes[static_cast<size_t>(g)] + static_cast<size_t>(s) * 16;
-            for (int part = 0; part < 4; ++part)
-                group.step[part] = row_steps(codes, part, low, high);
-            int t = 0;
-            for (; t + kBlock <= p.tokens; t += kBlock)
-                multiply<kBlock>(x + t * kGroup, group.factors + t, group, sums + t * kSupertile);
-            repeat<kBlock - 1>([&]<int i>() PLIANT_LAMBDA {
-                if (p.tokens - t == i + 1)
-                    multiply<i + 1>(x + t * kGroup, group.factors + t, group,
-                                    sums + t * kSupertile);
-            });
-            repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
+    }
+
+    PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi,
+                              const Table<N>& lo) {
+        for (int part = 0; part < 4; ++part)
+            for (int h = 0; h < 2; ++h) {
+                const Bits<N> bits(planes, place(part, h));
+                repeat<8>([&]<int j>() PLIANT_LAMBDA {
+                    const __m256i high = hi.template look_up<j>(bits);
+                    const __m256i low = lo.template look_up<j>(bits);
+                    repeat<4>([&]<int c>() PLIANT_LAMBDA {  // column c of each row, with its sign
+                        const auto column = [](__m256i quad) PLIANT_LAMBDA {
+                            return _mm256_srai_epi32(_mm256_slli_epi32(quad, 24 - 8 * c), 24);
+                        };
+                        const __m256i h32 = column(high);
+                        const __m256i level =
+                            _mm256_add_epi32(_mm256_slli_epi32(h32, 8), column(low));
+                        const int at = ((32 * h + 4 * j + c) * 4 + part) * 32;
+                        _mm256_store_si256(
+                            reinterpret_cast<__m256i*>(pairs + at),
+                            _mm256_blend_epi16(level, _mm256_slli_epi32(h32, 16), 0xAA));
+                    });
+                });
+            }
+    }
+
+    template <int T>
+    [[gnu::noinline]] void multiply(int token, const float* factors, const __m256* step,
+                                    float* sums) const {
+        const int32_t* const from = x + token * kGroup;
+        for (int half = 0; half < 2; ++half) {
+            PairSums<T> sum;
+            const uint8_t* w = pairs + 64 * half;
+            for (int k = 0; k < kGroup; ++k, w += 128) sum.add(from + k, load(w), load(w + 32));
+            sum.finish(factors + token, step + 2 * half,
+                       sums + token * kSupertile + 2 * kPart * half);
         }
     }
-}
+};
 
 // Many tokens: as many at a time as there are registers for their sums.
 template <typename Dot, int N>
 void many_tokens(const Strip& strip, const Run& run) {
-    if constexpr (Dot::kPairs && N >= kWideDepth) return many_tokens_in_pairs<N>(strip, run);
-    constexpr int kBlock = N < kWideDepth ? Dot::kTokens : Dot::kTokens / 2;
+    using Group = std::conditional_t<Dot::kPairs && N >= kWideDepth, Pairs<N>, Bytes<Dot, N>>;
+    constexpr int kBlock = Group::kBlock;
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
     const __m256 low = _mm256_load_ps(p.levels->steps), high = _mm256_load_ps(p.levels->steps + 8);
-    const Table<N> hi(p.levels->hi[N], Dot::kFlip), lo(p.levels->lo[N], Dot::kFlip);
-    Decoded group;
+    const Table<N> hi(p.levels->hi[N], Group::kFlip), lo(p.levels->lo[N], Group::kFlip);
+    Group group(strip);
+    float factors[kMaxTokens];
+    __m256 step[4];
     for (int g = run.first; g < run.first + run.count; ++g) {
-        factors_of(p, g, N, 0, p.tokens, group.factors);
+        factors_of(p, g, N, 0, p.tokens, factors);
+        group.begin(g);
         const uint8_t* planes[N];
         planes_of<N>(block, g, strip.first, planes);
         float* sums = strip.sums;
         for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
             strip.scout.go(N);
-            decode<Dot, N>(planes, hi, lo, group);
+            group.decode(planes, hi, lo);
             const uint8_t* codes =
                 block.codes[static_cast<size_t>(g)] + static_cast<size_t>(s) * 16;
-            for (int part = 0; part < 4; ++part)
-                group.step[part] = row_steps(codes, part, low, high);
+            for (int part = 0; part < 4; ++part) step[part] = row_steps(codes, part, low, high);
             int t = 0;
             for (; t + kBlock <= p.tokens; t += kBlock)
-                multiply<Dot, N, kBlock>(*p.x, g, t, group, sums);
+                group.template multiply<kBlock>(t, factors, step, sums);
             repeat<kBlock - 1>([&]<int i>() PLIANT_LAMBDA {
-                if (p.tokens - t == i + 1) multiply<Dot, N, i + 1>(*p.x, g, t, group, sums);
+                if (p.tokens - t == i + 1) group.template multiply<i + 1>(t, factors, step, sums);
             });
             repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
         }

@@ -46,7 +46,6 @@ __all__ = ["Model"]
 _LOST, _LOSS = 8, 0.25
 """Steps in a row, and their seconds, that changes of the budget may cost; then one is whole."""
 
-
 _BLOCK_ROWS = 64  # of logits that are made together
 
 
@@ -273,7 +272,7 @@ class Model(Closing):
         # Not from malloc, which may keep it when it is dropped: nobody would hold it then.
         result = np.frombuffer(mmap.mmap(-1, rows * vocab * 4), np.float32).reshape(rows, vocab)
         done = 0
-        for block in self.logit_blocks(ids, rows=_block_rows(room - rows)):
+        for block in self._blocks(ids, _block_rows(room - rows)):
             result[done : done + len(block)] = block
             done += len(block)
         return result
@@ -293,8 +292,7 @@ class Model(Closing):
             rows = _block_rows(room)
         elif (need := 2 * min(rows, len(ids))) > room:
             raise self._no_logits(need, room, "use fewer rows, or a larger budget")
-        with self.session() as session:
-            yield from session.feed_all(ids, rows)
+        yield from self._blocks(ids, rows)
 
     def embed(
         self,
@@ -584,6 +582,10 @@ class Model(Closing):
             if context == self._sizes.context:
                 way = "this model was made for no more"
             raise EngineError(f"{tokens} tokens do not fit into the context of {context}: {way}")
+
+    def _blocks(self, ids: Sequence[int], rows: int) -> Iterator[Floats]:
+        with self.session() as session:
+            yield from session.feed_all(ids, rows)
 
     def _logit_rows(self, tokens: int) -> int:
         """Rows of logits that the budget has room for beside the KV of so many tokens."""
