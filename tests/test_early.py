@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 import pliant
 from fakes import FakeExecutor, executor_of, fake_model
+from pliant.engine.build import read_ahead
 from pliant.errors import ChecksumError, EngineError
+from pliant.store import Pack
 from tiny import write_tiny_pack
 
 FIXED = 10_000
@@ -122,3 +125,50 @@ def test_the_core_ends_at_the_same_logits(tmp_path: Path) -> None:
         assert model.depth.rungs == most.rungs
         np.testing.assert_array_equal(model.logits(ids), expected)
         assert model.audit().ok
+
+
+def wait_for_reading_ahead() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "read ahead":
+            thread.join()
+
+
+def test_the_disk_is_asked_for_the_first_rungs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = Pack.open(write_tiny_pack(tmp_path / "pack", rung_bytes=4096, shard_bytes=10_000))
+    assert len(pack.manifest.shards) > 2
+    asked: list[tuple[str, int, int]] = []
+
+    def note(fd: int, offset: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append((str(Path(f"/proc/self/fd/{fd}").readlink()), offset, offset + size))
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    payload = pack.layout.payload.tolist()
+    for rungs in (0, 1, pack.manifest.shards[0].rungs + 1, pack.rungs_available):
+        for most in (payload[rungs], payload[rungs] + 1):
+            asked.clear()
+            read_ahead(pack, most)
+            wait_for_reading_ahead()
+            # Not one rung more than there is room for, but for the last one, which may be cut.
+            wanted = [pack.rung_location(r) for r in range(rungs)]
+            for place in wanted:
+                assert any(
+                    name == str(place.path)
+                    and begin <= place.offset
+                    and place.offset + place.bytes <= end
+                    for name, begin, end in asked
+                )
+            there = sum(place.bytes for place in wanted)
+            assert there <= sum(end - begin for _, begin, end in asked)
+            assert sum(end - begin for _, begin, end in asked) <= there + (
+                pack.rung_location(rungs).bytes if rungs < pack.rungs_available else 0
+            )
+
+
+def test_reading_ahead_meets_no_error(tmp_path: Path) -> None:
+    pack = Pack.open(write_tiny_pack(tmp_path / "pack"))
+    pack.rung_location(0).path.unlink()
+    read_ahead(pack, 1 << 30)
+    wait_for_reading_ahead()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -18,7 +21,14 @@ from pliant.store.files import RegularFile
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["RungFiles", "build_executor", "default_threads", "open_tokenizer", "pack_sizes"]
+__all__ = [
+    "RungFiles",
+    "build_executor",
+    "default_threads",
+    "open_tokenizer",
+    "pack_sizes",
+    "read_ahead",
+]
 
 _PIECE = 2**20  # bytes of a file that are looked at together
 
@@ -132,6 +142,29 @@ def pack_sizes(pack: Pack, executor: Executor, chunk: int = 0) -> PackSizes:
         # A chunk may begin and end inside a page.
         kv_chunk=chunk // executor.kv_page_tokens + 1,
     )
+
+
+def read_ahead(pack: Pack, most: int) -> None:
+    """Have the kernel read the first rungs into its cache, `most` bytes of them, while something
+    else goes on. Nothing depends on it; what goes wrong is met again when they are read."""
+    rungs = min(int(np.searchsorted(pack.layout.payload, most)), pack.rungs_available)
+    parts, first = [], 0
+    for shard in pack.manifest.shards:
+        if first >= rungs:
+            break
+        begin = pack.rung_location(first)
+        end = pack.rung_location(min(first + shard.rungs, rungs) - 1)
+        parts.append((begin.path, begin.offset, end.offset + end.bytes - begin.offset))
+        first += shard.rungs
+
+    def ask() -> None:
+        with suppress(PackError, OSError):
+            for path, offset, size in parts:
+                with RegularFile(path) as file:
+                    os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+
+    # It waits where the disk has enough to do.
+    threading.Thread(target=ask, name="read ahead", daemon=True).start()
 
 
 class RungFiles:

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pliant import __version__
 from pliant.engine.auto import first_budget
-from pliant.engine.build import build_executor, default_threads, open_tokenizer, pack_sizes
+from pliant.engine.build import (
+    build_executor,
+    default_threads,
+    open_tokenizer,
+    pack_sizes,
+    read_ahead,
+)
 from pliant.engine.chat import ChatTemplate, find_template
 from pliant.engine.model import Model
 from pliant.engine.page_folder import PageFolder
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Parts", "kv_wish", "load", "open_parts"]
 
 PARK_LIMIT = 4 * 2**30
+READ_AHEAD = 256 * MIB  # what disks give while all but the rungs is made ready
 LOGIT_ROWS = 2  # besides a row for each answer: one to put them in order, one of the step before
 ROUNDING = MIB  # fixed parts are rounded up to it, so that plans do not differ from run to run
 
@@ -69,9 +76,11 @@ def open_parts(
     also: Also | None = None,
     limit: int | None = None,
     coded_kv: bool = False,
+    ahead: int = 0,
 ) -> Parts:
     """Open a pack and build executor and tokenizer. `limit`: most bytes for base tensors;
-    `coded_kv`: full pages of the KV cache are coded."""
+    `coded_kv`: full pages of the KV cache are coded; `ahead`: bytes of rungs that the disk reads
+    meanwhile."""
     if isinstance(answers, bool) or not isinstance(answers, int) or not 1 <= answers <= 4096:
         raise UsageError(f"answers must be from 1 to 4096, and not {answers!r}")
     if chunk is not None and (
@@ -83,6 +92,8 @@ def open_parts(
 
     meter = Meter()
     pack = Pack.open(path, limit=limit)
+    if ahead:
+        read_ahead(pack, ahead)
     meter.mark("base")
     if coded_kv and pack.manifest.kv is None:
         raise UsageError(
@@ -226,6 +237,7 @@ def load(
         also=also,
         limit=wish.memory,
         coded_kv=coded,
+        ahead=min(READ_AHEAD, wish.memory or READ_AHEAD, wish.weights or READ_AHEAD),
     )
     folder = None
     if park is not None:
