@@ -45,14 +45,14 @@ INPUTS = {
 
 
 def gaussian_tree() -> Floats:
-    """The levels of the codec, those of depths 1 to 5 rounded to 1/127 of the largest.
+    """The levels of the codec, those of depths 1 to 5 as whole steps.
 
     The executor holds them so: with this tree it computes what the decoders of the tests give.
     """
     tree = np.array(LEVELS, np.float64)
-    for n in range(1, 6):
+    for n, steps in enumerate((63, 42, 62, 63, 127), 1):
         levels = tree[2**n - 2 : 2 ** (n + 1) - 2]
-        step = np.abs(levels).max() / 127
+        step = np.abs(levels).max() / steps
         levels[:] = np.rint(levels / step) * step
     return tree.astype(np.float32)
 

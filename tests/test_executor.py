@@ -118,7 +118,7 @@ def relative(a: Logits, b: npt.NDArray[Any]) -> float:
 
 
 def coded_inputs(pack: Pack, rungs: int) -> Callable[[Floats, str], Floats]:
-    """Inputs as the executor codes them: 16 bits where a group has 6 plies or more, 8 below."""
+    """Inputs as the executor codes them: 12 bits where a group has 6 plies or more, 8 below."""
     depths = pack.layout.depths(rungs)
     hadamard = np.ones((1, 1))
     for _ in range(6):
@@ -133,11 +133,11 @@ def coded_inputs(pack: Pack, rungs: int) -> Callable[[Floats, str], Floats]:
         padded[:, : m.columns] = x[:, order]
         rotated = padded.reshape(len(x), m.groups, 64) @ hadamard
         peak = np.abs(rotated).max(-1, keepdims=True)
-        q = np.rint(rotated / np.where(peak > 0, peak, 1) * 32512)
+        q = np.rint(rotated / np.where(peak > 0, peak, 1) * 2032)
         first = pack.units.number(name, 0, 0)
         shallow = depths[first : first + m.groups, None] < 6
-        q = np.where(shallow, np.floor((q + 128) / 256) * 256, q)
-        back = (q / 32512 * peak) @ hadamard
+        q = np.where(shallow, np.floor((q + 8) / 16) * 16, q)
+        back = (q / 2032 * peak) @ hadamard
         out = np.empty_like(x)
         out[:, order] = back.reshape(len(x), -1)[:, : m.columns]
         return out
@@ -158,7 +158,7 @@ def test_logits_are_those_of_the_oracle(pack: Pack) -> None:
         )
         got = run(build(pack, rungs=depth), ids)
         # Half precision in the KV cache, and in shallow row blocks of the head inputs of 8 bits.
-        assert relative(got, want) < (0.05 if rungs else 1e-3)
+        assert relative(got, want) < (0.08 if rungs else 1e-3)
 
 
 def test_deep_plies_are_as_good_as_plain_matrices(tmp_path: Path) -> None:
@@ -167,7 +167,28 @@ def test_deep_plies_are_as_good_as_plain_matrices(tmp_path: Path) -> None:
     want = oracle_logits(
         asdict(pack.manifest.model), pack.base, lambda n: slow_matrix(pack.path, n), ids
     )
-    assert relative(run(build(pack), ids), want) < 6e-3
+    assert relative(run(build(pack), ids), want) < 0.02  # with inputs of 8 bits it would be 0.08
+
+
+def test_levels_that_are_near_to_sums_are_taken_and_others_refused(tmp_path: Path) -> None:
+    pack = Pack.open(write_random_pack(tmp_path / "pack", least=8))
+    ids = some_ids(160, 20)
+    want = run(build(pack), ids)
+    own = pack.base["tree"].copy()
+    for depth in (7, 8):
+        first, half = 2**depth - 2, 2 ** (depth - 1)
+        unit = own[first + 2 * half - 1] / 2032
+        for at in (0, half // 2):
+            for by, right in ((0.45, True), (60.0, False)):
+                tree = own.copy()
+                tree[first + half + at] += by * unit
+                tree[first + half - 1 - at] -= by * unit
+                pack.base["tree"] = tree
+                if right:  # rounded to what it was
+                    assert np.array_equal(run(build(pack), ids), want)
+                else:
+                    with pytest.raises(FormatError, match=f"levels of depth {depth} are not near"):
+                        build(pack)
 
 
 def test_every_instruction_set_gives_the_same_bits(pack: Pack) -> None:
@@ -394,7 +415,7 @@ def test_long_sequences_are_attended_in_parts(tmp_path: Path, window: int) -> No
     oracle = oracle_logits(
         asdict(pack.manifest.model), pack.base, lambda name: slow_matrix(pack.path, name), ids
     )
-    assert relative(want, oracle) < 2e-2
+    assert relative(want, oracle) < 0.05
 
 
 def test_a_sequence_among_long_ones_gets_its_own_bits(tmp_path: Path) -> None:

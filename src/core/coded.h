@@ -11,11 +11,32 @@ namespace pliant {
 constexpr int kGroup = 64;      // input channels of a group
 constexpr int kSupertile = 32;  // rows that are decoded together: two tiles of 16
 constexpr int kMaxDepth = 8;
-constexpr int kWideDepth =
-    6;  // from this depth on, levels and activations have 16 bits instead of 8
+constexpr int kWideDepth = 6;  // from this depth on, levels and activations have 12 bits, not 8
+constexpr int kSixteen = 16;   // parts of a step of 8 bits, which the other 4 bits count
 
-// The levels of the Gaussian tree as integers: level ≈ (hi + lo / 256) · scale[depth], lo only from
-// kWideDepth on.
+// The positive levels of a depth from kWideDepth on, hi + lo / 16, as sums of what plies add
+// (docs/format.md, section 4); negative ones mirror them.
+struct DeepLevels {
+    // By plies 2-5: what is there, and what ply 6 adds; of lo also what plies 7 and 8 add.
+    alignas(16) int8_t hi[2][16] = {}, lo[4][16] = {};
+    // What is added to hi in the last block: by 1 and plies 6-8, whatever those are that a depth
+    // does not use.
+    alignas(16) int8_t last_hi[16] = {};
+
+    // `levels`: the positive ones. Throws FormatError unless such sums are near to them.
+    void build(const float* levels, int depth);
+};
+// So that lo · 127 twice, and hi · 8 twice, fit into 16 bits together.
+constexpr int kMostLow = 119;
+
+// Up to this depth levels are at most 63, so that with 64 added to them two products with int8 fit
+// into 16 bits together.
+constexpr int kSmallDepth = 4;
+// The largest level of each depth as an integer: the one with which all are nearest to integers.
+constexpr int kPeak[kMaxDepth + 1] = {0, 63, 42, 62, 63, 127, 127, 127, 127};
+
+// The levels of the Gaussian tree as integers: level ≈ (hi + lo / 16) · scale[depth], lo only from
+// kWideDepth on; and rounded to 8 bits at any depth, for the KV cache.
 //
 // Kernels collect the bits of a weight in the order that is cheapest to collect: plies 1-4 in bits
 // 3-0 (ply 1 in bit 3), the later ones above: at depth 5 ply 5 in bit 4; at depth 6 plies 5, 6 in
@@ -24,6 +45,8 @@ constexpr int kWideDepth =
 struct LevelTables {
     alignas(64) int8_t hi[kMaxDepth + 1][256] = {};
     alignas(64) int8_t lo[kMaxDepth + 1][256] = {};
+    alignas(64) int8_t rounded[kMaxDepth + 1][256] = {};
+    DeepLevels deep[kMaxDepth + 1];
     float scale[kMaxDepth + 1] = {};
     alignas(64) float steps[16] = {};  // what the scale codes stand for
 
@@ -65,7 +88,7 @@ struct CodedMatrix {
     std::vector<uint32_t> position;  // source row -> stored row; empty if they are the same
 };
 
-// Input vectors of some tokens after gathering, rotating and coding: value ≈ (hi + lo / 256) ·
+// Input vectors of some tokens after gathering, rotating and coding: value ≈ (hi + lo / 16) ·
 // scale. The tokens of a group lie together, so kernels reach all of them from one pointer.
 struct Prepared {
     int groups = 0;

@@ -65,11 +65,7 @@ struct Sums {
   private:
     static PLIANT_INLINE void finish(__m256i top, __m256i middle, __m256 factor, __m256 step,
                                      float* sums) {
-        __m256 value = _mm256_cvtepi32_ps(top);
-        if constexpr (Wide)
-            value =
-                _mm256_fmadd_ps(_mm256_cvtepi32_ps(middle), _mm256_set1_ps(1.0f / 256.0f), value);
-        add_scaled(value, step, factor, sums);
+        add_scaled(Wide ? both_parts(top, middle) : _mm256_cvtepi32_ps(top), step, factor, sums);
     }
 };
 template <typename Dot, bool Wide, int Parts>
@@ -78,6 +74,41 @@ struct Sums<Dot, Wide, Parts, 0> {
     PLIANT_INLINE void add(const int8_t*, const int8_t*, const __m256i*, const __m256i*) {}
     PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
 };
+
+// The sums of T tokens with deep levels of a part. The sign of a level moves to the input.
+template <typename Dot, int T>
+struct DeepSums {
+    typename Dot::DeepSum sum;
+    DeepSums<Dot, T - 1> rest;
+
+    PLIANT_INLINE void add(const Deep& w, const int8_t* xh, const int8_t* xl) {
+        sum.add(w, _mm256_sign_epi8(broadcast(xh), w.sign),
+                _mm256_sign_epi8(broadcast(xl), w.sign));
+        rest.add(w, xh + kGroup, xl + kGroup);
+    }
+    PLIANT_INLINE void finish(const float* factors, const __m256* step, float* sums) const {
+        add_scaled(sum.value(), *step, _mm256_set1_ps(*factors), sums);
+        rest.finish(factors + 1, step, sums + kSupertile);
+    }
+};
+template <typename Dot>
+struct DeepSums<Dot, 0> {
+    PLIANT_INLINE void add(const Deep&, const int8_t*, const int8_t*) {}
+    PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
+};
+
+template <typename Dot, int N>
+using For = std::conditional_t<N <= kSmallDepth, typename Dot::Shallow, Dot>;
+
+template <int N>
+using Levels = std::conditional_t<N >= kWideDepth, DeepTable<N>, Table<N>>;
+template <int N>
+PLIANT_INLINE Levels<N> levels_of(const CodedProduct& p, int flip) {
+    if constexpr (N >= kWideDepth)
+        return DeepTable<N>(p.levels->deep[N]);
+    else
+        return Table<N>(p.levels->hi[N], flip);
+}
 
 PLIANT_INLINE void factors_of(const CodedProduct& p, int g, int depth, int first, int tokens,
                               float* out) {
@@ -91,43 +122,41 @@ constexpr size_t place(int part, int h) {
     return static_cast<size_t>(128 * (part / 2) + 64 * h + 32 * (part % 2));
 }
 
-// Adds the products of T tokens from `token` on with a run: plies go from memory through registers
+// Adds the products of T tokens with a run: plies go from memory through registers
 // straight into the sums. Group after group, so that every ply is read as one stream.
 template <typename Dot, int N, int T>
-void multiply(const Strip& strip, const Run& run, int token) {
+void multiply(const Strip& strip, const Run& run) {
     constexpr bool kWide = N >= kWideDepth;
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
     const __m256 low = _mm256_load_ps(p.levels->steps), high = _mm256_load_ps(p.levels->steps + 8);
-    const Table<N> hi(p.levels->hi[N], Dot::kFlip), lo(p.levels->lo[N], Dot::kFlip);
+    const Levels<N> levels = levels_of<N>(p, For<Dot, N>::kFlip);
     for (int g = run.first, end = g + run.count; g < end; ++g) {
-        const size_t begin = p.x->at(g, token);
+        const size_t begin = p.x->at(g, 0);
         const int8_t* const xh = p.x->hi + begin * kGroup;
         const int8_t* const xl = p.x->lo + begin * kGroup;
         float factors[T];
-        factors_of(p, g, N, token, T, factors);
+        factors_of(p, g, N, 0, T, factors);
         const uint8_t* codes =
             block.codes[static_cast<size_t>(g)] + static_cast<size_t>(strip.first) * 16;
         const uint8_t* planes[N];
         planes_of<N>(block, g, strip.first, planes);
-        float* sums = strip.sums + token * kSupertile;
+        float* sums = strip.sums;
         for (int s = strip.first; s < strip.last; ++s) {
-            if (token == 0) strip.scout.go(N);
+            strip.scout.go(N);
             for (int part = 0; part < 4; ++part) {
-                Sums<Dot, kWide, 1, T> sum;
-                sum.start(p.x->sum_hi + begin, p.x->sum_lo + begin);
+                std::conditional_t<kWide, DeepSums<Dot, T>, Sums<For<Dot, N>, false, 1, T>> sum;
+                if constexpr (!kWide) sum.start(p.x->sum_hi + begin, p.x->sum_lo + begin);
                 // A loop: all depths together have to fit into the cache of instructions.
                 for (int h = 0; h < 2; ++h) {
                     const Bits<N> bits(planes, place(part, h));
                     repeat<8>([&]<int j>() PLIANT_LAMBDA {
                         const int at = 32 * h + 4 * j;
-                        const __m256i w = hi.template look_up<j>(bits);
-                        if constexpr (kWide) {
-                            const __m256i l = lo.template look_up<j>(bits);
-                            sum.add(xh + at, xl + at, &w, &l);
-                        } else {
+                        const auto w = levels.template look_up<j>(bits);
+                        if constexpr (kWide)
+                            sum.add(w, xh + at, xl + at);
+                        else
                             sum.add(xh + at, nullptr, &w, nullptr);
-                        }
                     });
                 }
                 const __m256 step = row_steps(codes, part, low, high);
@@ -135,7 +164,7 @@ void multiply(const Strip& strip, const Run& run, int token) {
             }
             repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
             codes += 16;
-            sums += p.tokens * kSupertile;
+            sums += T * kSupertile;
         }
     }
 }
@@ -144,14 +173,11 @@ constexpr int kFew = 4;  // tokens for which plies are not decoded to memory fir
 
 template <typename Dot, int N>
 void few_tokens(const Strip& strip, const Run& run) {
-    constexpr int kBlock = N < kWideDepth ? kFew : kFew / 2;
-    using Block = void (*)(const Strip&, const Run&, int);
+    using Block = void (*)(const Strip&, const Run&);
     static constexpr auto kBlocks = []<int... T>(std::integer_sequence<int, T...>) {
-        return std::array<Block, kBlock>{multiply<Dot, N, T + 1>...};
-    }(std::make_integer_sequence<int, kBlock>{});
-    const int tokens = strip.p.tokens;
-    for (int token = 0; token < tokens; token += kBlock)
-        kBlocks[static_cast<size_t>(std::min(kBlock, tokens - token) - 1)](strip, run, token);
+        return std::array<Block, kFew>{multiply<Dot, N, T + 1>...};
+    }(std::make_integer_sequence<int, kFew>{});
+    kBlocks[static_cast<size_t>(strip.p.tokens - 1)](strip, run);
 }
 
 // A decoded group of a supertile, and its products with many tokens, kBlock at a time, which are
@@ -160,7 +186,8 @@ void few_tokens(const Strip& strip, const Run& run) {
 template <typename Dot, int N>
 struct Bytes {
     static constexpr bool kWide = N >= kWideDepth;
-    static constexpr int kFlip = Dot::kFlip, kBlock = kWide ? Dot::kTokens / 2 : Dot::kTokens;
+    static constexpr int kFlip = For<Dot, N>::kFlip,
+                         kBlock = kWide ? Dot::kTokens / 2 : Dot::kTokens;
     alignas(64) uint8_t high[kSupertile * kGroup], low[kSupertile * kGroup];
     const Prepared& x;
     int g = 0;
@@ -168,18 +195,20 @@ struct Bytes {
     explicit Bytes(const Strip& strip) : x(*strip.p.x) {}
     void begin(int group) { g = group; }
 
-    PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi,
-                              const Table<N>& lo) {
+    PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& levels) {
         for (int part = 0; part < 4; ++part)
             for (int h = 0; h < 2; ++h) {
                 const Bits<N> bits(planes, place(part, h));
                 repeat<8>([&]<int j>() PLIANT_LAMBDA {
                     const int at = (8 * h + j) * 128 + 32 * part;
-                    _mm256_store_si256(reinterpret_cast<__m256i*>(high + at),
-                                       hi.template look_up<j>(bits));
-                    if constexpr (kWide)
-                        _mm256_store_si256(reinterpret_cast<__m256i*>(low + at),
-                                           lo.template look_up<j>(bits));
+                    const auto w = levels.template look_up<j>(bits);
+                    if constexpr (kWide) {
+                        const __m256i flip = bytes(kFlip);
+                        store(high + at, _mm256_add_epi8(_mm256_sign_epi8(w.hi, w.sign), flip));
+                        store(low + at, _mm256_add_epi8(_mm256_sign_epi8(w.lo, w.sign), flip));
+                    } else {
+                        store(high + at, w);
+                    }
                 });
             }
     }
@@ -191,7 +220,7 @@ struct Bytes {
         for (int half = 0; half < 2; ++half) {
             const int8_t* xh = x.hi + first * kGroup;
             const int8_t* xl = x.lo + first * kGroup;
-            Sums<Dot, kWide, 2, T> sum;
+            Sums<For<Dot, N>, kWide, 2, T> sum;
             sum.start(x.sum_hi + first, x.sum_lo + first);
             for (int at = 64 * half; at < kSupertile * kGroup; at += 128, xh += 4, xl += 4) {
                 const __m256i w[] = {load(high + at), load(high + at + 32)};
@@ -208,8 +237,8 @@ struct Bytes {
     }
 };
 
-// Deep groups by products of 16 bits. With level = 256 hi + lo, the sum that is wanted is
-// Σ (256 hi · xh + hi · xl + lo · xh) / 256 = Σ (level · xh + hi · xl) / 256: a product of pairs
+// Deep groups by products of 16 bits. With level = 16 hi + lo, the sum that is wanted is
+// Σ (16 hi · xh + hi · xl + lo · xh) / 16 = Σ (level · xh + hi · xl) / 16: a product of pairs
 // (level, hi) and (xh, xl), and one sum of 32 bits instead of two. Rounded to a float it is what
 // the two of Sums are.
 
@@ -248,7 +277,8 @@ struct PairSums {
 
   private:
     static PLIANT_INLINE void finish(__m256i sum, __m256 factor, __m256 step, float* sums) {
-        const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(1.0f / 256.0f));
+        const __m256 value =
+            _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(1.0f / kSixteen));
         add_scaled(value, step, factor, sums);
     }
 };
@@ -277,21 +307,21 @@ struct Pairs {
         }
     }
 
-    PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& hi,
-                              const Table<N>& lo) {
+    PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& levels) {
         for (int part = 0; part < 4; ++part)
             for (int h = 0; h < 2; ++h) {
                 const Bits<N> bits(planes, place(part, h));
                 repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                    const __m256i high = hi.template look_up<j>(bits);
-                    const __m256i low = lo.template look_up<j>(bits);
+                    const Deep w = levels.template look_up<j>(bits);
+                    const __m256i high = _mm256_sign_epi8(w.hi, w.sign);
+                    const __m256i low = _mm256_sign_epi8(w.lo, w.sign);
                     repeat<4>([&]<int c>() PLIANT_LAMBDA {  // column c of each row, with its sign
                         const auto column = [](__m256i quad) PLIANT_LAMBDA {
                             return _mm256_srai_epi32(_mm256_slli_epi32(quad, 24 - 8 * c), 24);
                         };
                         const __m256i h32 = column(high);
                         const __m256i level =
-                            _mm256_add_epi32(_mm256_slli_epi32(h32, 8), column(low));
+                            _mm256_add_epi32(_mm256_slli_epi32(h32, 4), column(low));
                         const int at = ((32 * h + 4 * j + c) * 4 + part) * 32;
                         _mm256_store_si256(
                             reinterpret_cast<__m256i*>(pairs + at),
@@ -323,7 +353,7 @@ void many_tokens(const Strip& strip, const Run& run) {
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
     const __m256 low = _mm256_load_ps(p.levels->steps), high = _mm256_load_ps(p.levels->steps + 8);
-    const Table<N> hi(p.levels->hi[N], Group::kFlip), lo(p.levels->lo[N], Group::kFlip);
+    const Levels<N> levels = levels_of<N>(p, Group::kFlip);
     Group group(strip);
     float factors[kMaxTokens];
     __m256 step[4];
@@ -335,7 +365,7 @@ void many_tokens(const Strip& strip, const Run& run) {
         float* sums = strip.sums;
         for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
             strip.scout.go(N);
-            group.decode(planes, hi, lo);
+            group.decode(planes, levels);
             const uint8_t* codes =
                 block.codes[static_cast<size_t>(g)] + static_cast<size_t>(s) * 16;
             for (int part = 0; part < 4; ++part) step[part] = row_steps(codes, part, low, high);
@@ -376,16 +406,16 @@ void multiply_strips(const CodedProduct& p) {
 }
 
 // Sums of Q vectors with 16 rows of a unit of a page, in two parts.
-template <typename Dot, bool Positive, int Q>
+template <typename Dot, bool Positive, int N, int Q>
 struct PageSums {
     __m256i sum0, sum1;
-    PageSums<Dot, Positive, Q - 1> rest;
+    PageSums<Dot, Positive, N, Q - 1> rest;
 
     PLIANT_INLINE void start(const int32_t* sums) {
         if constexpr (Positive)
             sum0 = sum1 = _mm256_setzero_si256();
         else
-            sum0 = sum1 = Dot::start(*sums);
+            sum0 = sum1 = For<Dot, N>::start(*sums);
         rest.start(sums + 1);
     }
     PLIANT_INLINE void add(__m256i w0, __m256i w1, const int8_t* at) {
@@ -394,8 +424,8 @@ struct PageSums {
             Dot::add_positive(sum0, w0, x);
             Dot::add_positive(sum1, w1, x);
         } else {
-            Dot::add(sum0, w0, x);
-            Dot::add(sum1, w1, x);
+            For<Dot, N>::add(sum0, w0, x);
+            For<Dot, N>::add(sum1, w1, x);
         }
         rest.add(w0, w1, at + kHalf);
     }
@@ -405,8 +435,8 @@ struct PageSums {
         rest.write(out + kHalf);
     }
 };
-template <typename Dot, bool Positive>
-struct PageSums<Dot, Positive, 0> {
+template <typename Dot, bool Positive, int N>
+struct PageSums<Dot, Positive, N, 0> {
     PLIANT_INLINE void start(const int32_t*) {}
     PLIANT_INLINE void add(__m256i, __m256i, const int8_t*) {}
     PLIANT_INLINE void write(int32_t*) const {}
@@ -417,7 +447,7 @@ constexpr int kPageVectors = 4;  // whose sums of 16 rows fit into registers
 // Q vectors from `first` on, with all pages.
 template <typename Dot, bool Positive, int N, int Q>
 void page_vectors(const PlyProduct& p, int first) {
-    const Table<N> table(p.levels->hi[N], Positive ? 0 : Dot::kFlip);
+    const Table<N> table(p.levels->rounded[N], Positive ? 0 : For<Dot, N>::kFlip);
     const int8_t* x = p.x + first * kHalf;
     int32_t* out = p.out + first * kHalf;
     for (int page = 0; page < p.pages; ++page, x += p.x_stride, out += p.vectors * kHalf) {
@@ -425,7 +455,7 @@ void page_vectors(const PlyProduct& p, int first) {
         const uint8_t* planes[N];
         for (int i = 0; i < N; ++i) planes[i] = p.plies[page] + i * kUnitPly;
         for (int row = 0; row < kHalf; row += 2 * kPart) {
-            PageSums<Dot, Positive, Q> sums;
+            PageSums<Dot, Positive, N, Q> sums;
             sums.start(Positive ? nullptr : p.sum + first);
             const size_t at = static_cast<size_t>(4 * row);
             const Bits<N> bits0(planes, at), bits1(planes, at + 4 * kPart);

@@ -220,10 +220,10 @@ struct Steps {
     template <bool Wide>
     PLIANT_INLINE __m512 operator()(const int32_t* top, const int32_t* middle) const {
         if constexpr (!Wide) return _mm512_fmadd_ps(shifted(top), step, shift);
-        constexpr float kBoth = kMagic + kMagic / 256.0f;
+        constexpr float kBoth = kMagic + kMagic / kSixteen;
         const __m512 high = _mm512_sub_ps(shifted(top), _mm512_set1_ps(kBoth));
-        return _mm512_mul_ps(_mm512_fmadd_ps(shifted(middle), _mm512_set1_ps(1.0f / 256.0f), high),
-                             step);
+        return _mm512_mul_ps(
+            _mm512_fmadd_ps(shifted(middle), _mm512_set1_ps(1.0f / kSixteen), high), step);
     }
 };
 

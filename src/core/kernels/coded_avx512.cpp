@@ -237,7 +237,7 @@ struct PageSums<Signed, 0> {
 
 template <bool Signed, int N, int Q>
 void page_pages(const PlyProduct& p) {
-    const Table<N> table(p.levels->hi[N], Signed ? 0x80 : 0);
+    const Table<N> table(p.levels->rounded[N], Signed ? 0x80 : 0);
     const int8_t* x = p.x;
     int32_t* out = p.out;
     for (int page = 0; page < p.pages; ++page, x += p.x_stride, out += Q * kHalf) {

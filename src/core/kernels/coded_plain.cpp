@@ -91,7 +91,7 @@ void coded_product(const CodedProduct& p) {
                         if (wide) {
                             for (int c = 0; c < kGroup; ++c)
                                 middle += hi[r][c] * xl[c] + lo[r][c] * xh[c];
-                            value = std::fmaf(static_cast<float>(middle), 1.0f / 256.0f, value);
+                            value = std::fmaf(static_cast<float>(middle), 1.0f / kSixteen, value);
                         }
                         const float step = p.levels->steps[scale_code(block.codes[group], tile, r)];
                         out[r] = std::fmaf(value * step, factor, out[r]);
@@ -117,7 +117,8 @@ void page_product(const PlyProduct& p) {
             // The two vectors of a unit lie as the two halves of 16 rows of weights.
             for (int c = 0; c < kHalf; ++c)
                 level[c] =
-                    p.levels->hi[p.depth][collect(planes, p.depth, 0, r % 16, r / 16 * kHalf + c)];
+                    p.levels
+                        ->rounded[p.depth][collect(planes, p.depth, 0, r % 16, r / 16 * kHalf + c)];
             for (int v = 0; v < p.vectors; ++v) {
                 int32_t sum = 0;
                 for (int c = 0; c < kHalf; ++c) sum += level[c] * x[v * kHalf + c];
@@ -153,7 +154,7 @@ void coded_row(const CodedBlock& block, const LevelTables& levels, int row, cons
                 for (int i = 0; i < kGroup / 2; i += 4, eight >>= 8) {
                     const size_t bits = eight & 255;
                     v[c + i] = (static_cast<float>(levels.hi[depth][bits]) +
-                                static_cast<float>(levels.lo[depth][bits]) / 256.0f) *
+                                static_cast<float>(levels.lo[depth][bits]) / kSixteen) *
                                factor;
                 }
             }

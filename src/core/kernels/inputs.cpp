@@ -15,7 +15,7 @@ namespace pliant::PLIANT_ISA {
 
 namespace {
 
-constexpr float kTop = 32512.0f;           // of the integers: 127 · 256
+constexpr float kTop = 127.0f * kSixteen;  // of the integers
 constexpr float kScale = 0.125f / 127.0f;  // 1/8 is the norm of the transform
 constexpr float kUncoded[] = {0.0f, NAN};  // scales of what cannot be coded
 inline float uncoded(float peak) { return kUncoded[!(peak <= kLeastPeak)]; }
@@ -54,13 +54,13 @@ void prepare_one(const Preparing& p, int t) {
         for (int i = 0; i < 4; ++i) store_int(q + 16 * i, mul(v[i], factor));
         int32_t sum_hi = 0, sum_lo = 0;
         for (int c = 0; c < kGroup; ++c) {
-            const int32_t h = (q[c] + 128) >> 8;
+            const int32_t h = (q[c] + kSixteen / 2) >> 4;
             hi[c] = static_cast<int8_t>(h);
             sum_hi += h;
         }
         if (p.wide) {
             for (int c = 0; c < kGroup; ++c) {
-                const int32_t l = q[c] - ((q[c] + 128) >> 8) * 256;
+                const int32_t l = q[c] - hi[c] * kSixteen;
                 lo[c] = static_cast<int8_t>(l);
                 sum_lo += l;
             }
@@ -101,13 +101,14 @@ inline __attribute__((always_inline)) void rotate_eight(V (&v)[8]) {
             }
 }
 
-// Whole numbers q of four channels, as floats kMagic + q + 128: bytes `From` of all of them.
+// Whole numbers of four channels: of each of them a byte, from bit `From` on.
 template <int From>
 inline __attribute__((always_inline)) __m512i bytes(const __m512i (&q)[4]) {
-    const auto to = [&](int i) {  // byte From to byte i
-        return i < From    ? _mm512_srli_epi32(q[i], static_cast<unsigned>(8 * (From - i)))
-               : i == From ? q[i]
-                           : _mm512_slli_epi32(q[i], static_cast<unsigned>(8 * (i - From)));
+    const auto to = [&](int i) {  // bit From to byte i
+        const int by = 8 * i - From;
+        return by < 0    ? _mm512_srli_epi32(q[i], static_cast<unsigned>(-by))
+               : by == 0 ? q[i]
+                         : _mm512_slli_epi32(q[i], static_cast<unsigned>(by));
     };
     const __m512i even = _mm512_mask_blend_epi8(0x2222222222222222, to(0), to(1));
     const __m512i odd = _mm512_mask_blend_epi8(0x8888888888888888, to(2), to(3));
@@ -185,10 +186,12 @@ void prepare_lanes(const Preparing& p, int t, int count) {
             for (int j = 0; j < 4; ++j)
                 q[j] = _mm512_castps_si512(
                     _mm512_add_ps(_mm512_maskz_mul_ps(coded, _mm512_load_ps(x[4 * i + j]), factor),
-                                  _mm512_set1_ps(kMagic + 128.0f)));
-            hi[i] = bytes<1>(q);
+                                  _mm512_set1_ps(kMagic + kSixteen / 2)));
+            hi[i] = bytes<4>(q);
             if (wide)
-                lo[i] = _mm512_xor_si512(bytes<0>(q), _mm512_set1_epi8(static_cast<char>(0x80)));
+                lo[i] =
+                    _mm512_sub_epi8(_mm512_and_si512(bytes<0>(q), _mm512_set1_epi8(kSixteen - 1)),
+                                    _mm512_set1_epi8(kSixteen / 2));
         }
         const size_t at = p.out->at(g, p.first + t);
         const __m512i sum_hi = write_bytes<Full>(hi, count, p.out->hi + at * kGroup);

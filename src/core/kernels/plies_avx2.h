@@ -12,9 +12,6 @@
 namespace pliant::avx2 {
 
 PLIANT_INLINE __m256i bytes(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
-PLIANT_INLINE __m256i select(__m256i mask, __m256i a, __m256i b) {
-    return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
-}
 template <int S>
 PLIANT_INLINE __m256i left(__m256i a) {  // by S bits inside bytes, garbage in the bits that come in
     if constexpr (S == 0)
@@ -27,10 +24,20 @@ PLIANT_INLINE __m256i left(__m256i a) {  // by S bits inside bytes, garbage in t
 PLIANT_INLINE __m256i load(const void* from) {
     return _mm256_load_si256(static_cast<const __m256i*>(from));
 }
+PLIANT_INLINE void store(void* to, __m256i a) { _mm256_store_si256(static_cast<__m256i*>(to), a); }
 PLIANT_INLINE __m256i broadcast(const int8_t* x) {
     int32_t four;
     __builtin_memcpy(&four, x, 4);
     return _mm256_set1_epi32(four);
+}
+
+// Where the mask has a bit, that of `a` shifted left by S, elsewhere that of b; and in `rest` where
+// it has none that of b shifted right, elsewhere that of a. The mask has S bits, then none of S.
+template <int S>
+PLIANT_INLINE __m256i exchange(__m256i mask, __m256i a, __m256i b, __m256i& rest) {
+    const __m256i change = _mm256_and_si256(_mm256_xor_si256(left<S>(a), b), mask);
+    rest = _mm256_xor_si256(a, left<-S>(change));
+    return _mm256_xor_si256(b, change);
 }
 
 // Brings the bits of one to four plies together: the low nibbles of out[j] are from bit j of the
@@ -38,38 +45,30 @@ PLIANT_INLINE __m256i broadcast(const int8_t* x) {
 template <int Count>
 PLIANT_INLINE void nibbles(const __m256i* v, __m256i* out) {
     const __m256i odd_bits = bytes(0xAA), pair_bits = bytes(0xCC);
-    __m256i even, odd;
-    if constexpr (Count == 1) {
+    __m256i even, odd = v[0];
+    if constexpr (Count == 1)
         even = left<1>(v[0]);
-        odd = v[0];
-    } else {
-        even = select(odd_bits, left<1>(v[0]), v[1]);
-        odd = select(odd_bits, v[0], left<-1>(v[1]));
-    }
+    else
+        even = exchange<1>(odd_bits, v[0], v[1], odd);
     if constexpr (Count <= 2) {
         out[0] = left<2>(even);
         out[2] = even;
         out[1] = left<2>(odd);
         out[3] = odd;
     } else {
-        __m256i even2, odd2;
-        if constexpr (Count == 3) {
+        __m256i even2, odd2 = v[2];
+        if constexpr (Count == 3)
             even2 = left<1>(v[2]);
-            odd2 = v[2];
-        } else {
-            even2 = select(odd_bits, left<1>(v[2]), v[3]);
-            odd2 = select(odd_bits, v[2], left<-1>(v[3]));
-        }
-        out[0] = select(pair_bits, left<2>(even), even2);
-        out[2] = select(pair_bits, even, left<-2>(even2));
-        out[1] = select(pair_bits, left<2>(odd), odd2);
-        out[3] = select(pair_bits, odd, left<-2>(odd2));
+        else
+            even2 = exchange<1>(odd_bits, v[2], v[3], odd2);
+        out[0] = exchange<2>(pair_bits, even, even2, out[2]);
+        out[1] = exchange<2>(pair_bits, odd, odd2, out[3]);
     }
 }
 
 // From this depth on the sign, ply 1, is looked at apart: negative levels are the positive ones,
 // mirrored, so that half of a table is enough.
-constexpr int kMirrored = 6;
+constexpr int kMirrored = kWideDepth;
 
 // The collected bits of 8 rows × 32 columns; j has columns 4 j … 4 j + 3. Four plies that a shuffle
 // looks up, the first ones, or those after the sign; and the others, the sign first.
@@ -103,14 +102,15 @@ struct Bits {
     }
 };
 
-// The levels of a depth, plus `flip`: with 0x80 they are unsigned, level + 128.
+// Levels of 8 bits of a depth, plus `flip`: with 0x80 they are unsigned, level + 128.
 template <int N>
 struct Table {
     static constexpr int kBits = N < 5 ? 0 : N == 5 ? 1 : N - 5;  // that choose a part
     __m256i part[1 << kBits];
     __m256i flip;
 
-    // `levels`: of LevelTables. Their rows are looked up by plies 1-4, and chosen by the others.
+    // `levels`: hi or rounded of LevelTables. Their rows are looked up by plies 1-4, and chosen by
+    // the others.
     PLIANT_INLINE Table(const int8_t* levels, int flipped) : flip(bytes(flipped)) {
         const auto row = [&](int k) PLIANT_LAMBDA {
             return _mm_load_si128(reinterpret_cast<const __m128i*>(levels) + k);
@@ -161,15 +161,74 @@ struct Table {
     }
 };
 
+// Deep levels without their signs, hi + lo / 16, and the signs, 1 or -1.
+struct Deep {
+    __m256i hi, lo, sign;
+};
+
+template <int N>
+struct DeepTable {
+    __m256i hi[2], lo[N - 4], last_hi;
+
+    PLIANT_INLINE explicit DeepTable(const DeepLevels& levels) {
+        const auto all = [](const int8_t* row) PLIANT_LAMBDA {
+            return _mm256_broadcastsi128_si256(
+                _mm_load_si128(reinterpret_cast<const __m128i*>(row)));
+        };
+        for (int i = 0; i < 2; ++i) hi[i] = all(levels.hi[i]);
+        for (int i = 0; i < N - 4; ++i) lo[i] = all(levels.lo[i]);
+        last_hi = all(levels.last_hi);
+    }
+    template <int j>
+    PLIANT_INLINE Deep look_up(const Bits<N>& bits) const {
+        const __m256i lower = bits.template lower<j>(), upper = bits.template upper<j>();
+        const __m256i four = bytes(0x0F);
+        const __m256i negative = _mm256_cmpgt_epi8(upper, bytes(-1));  // where the sign is 0
+        const __m256i rest = _mm256_xor_si256(upper, negative);
+        const __m256i at = _mm256_and_si256(_mm256_xor_si256(lower, negative), four);
+        Deep w{_mm256_shuffle_epi8(hi[0], at), _mm256_shuffle_epi8(lo[0], at),
+               _mm256_or_si256(negative, bytes(1))};
+        // What a ply adds: an index with bit 7, where it is not set, gives zero.
+        __m256i unset = _mm256_andnot_si256(rest, bytes(0x70));
+        repeat<N - 5>([&]<int i>() PLIANT_LAMBDA {
+            unset = _mm256_add_epi8(unset, unset);
+            const __m256i where = _mm256_or_si256(at, unset);
+            w.lo = _mm256_add_epi8(w.lo, _mm256_shuffle_epi8(lo[i + 1], where));
+            if constexpr (i == 0) w.hi = _mm256_add_epi8(w.hi, _mm256_shuffle_epi8(hi[1], where));
+        });
+        if constexpr (N > 6) {
+            const __m256i other = _mm256_cmpgt_epi8(four, at);
+            const __m256i where = _mm256_or_si256(_mm256_and_si256(left<-4>(rest), four), other);
+            w.hi = _mm256_add_epi8(w.hi, _mm256_shuffle_epi8(last_hi, where));
+        }
+        return w;
+    }
+};
+
 // In assembly, so that sums stay in their registers.
 PLIANT_INLINE void add32(__m256i& sum, __m256i product) {
     asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
 }
 
+PLIANT_INLINE __m256 both_parts(__m256i top, __m256i middle) {
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(middle), _mm256_set1_ps(1.0f / kSixteen),
+                           _mm256_cvtepi32_ps(top));
+}
+
 // Products of four neighbouring bytes each, added to 32-bit sums.
+
+// Levels of at most 63, with 64 added: unsigned, and two products of them fit into 16 bits.
+struct Small {
+    static constexpr int kFlip = 64;
+    static PLIANT_INLINE __m256i start(int32_t sum) { return _mm256_set1_epi32(-kFlip * sum); }
+    static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
+        add32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+    }
+};
 
 // vpmaddubsw wants one unsigned factor, so the sign of the input moves to the level.
 struct Signed {
+    using Shallow = Small;  // up to kSmallDepth
     static constexpr int kFlip = 0;
     static constexpr int kTokens = 4;     // whose sums of 16 rows fit into registers
     static constexpr bool kPairs = true;  // products of 16 bits are cheaper than three of 8
@@ -183,10 +242,26 @@ struct Signed {
         const __m256i pairs = _mm256_maddubs_epi16(x, w);
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
+    // Of deep levels, in sixteenths.
+    struct DeepSum {
+        __m256i sum = _mm256_setzero_si256();
+
+        PLIANT_INLINE void add(const Deep& w, __m256i high, __m256i low) {
+            const __m256i top = _mm256_maddubs_epi16(w.hi, high);
+            const __m256i middle =
+                _mm256_add_epi16(_mm256_maddubs_epi16(w.hi, low), _mm256_maddubs_epi16(w.lo, high));
+            add32(sum, _mm256_madd_epi16(top, _mm256_set1_epi16(kSixteen)));
+            add32(sum, _mm256_madd_epi16(middle, _mm256_set1_epi16(1)));
+        }
+        PLIANT_INLINE __m256 value() const {
+            return _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(1.0f / kSixteen));
+        }
+    };
 };
 
 // Levels are unsigned, level + 128; the 128 is taken out again through the sum of the inputs.
 struct Unsigned {
+    using Shallow = Unsigned;
     static constexpr int kFlip = 0x80;
     static constexpr int kTokens = 6;
     static constexpr bool kPairs = false;
@@ -196,6 +271,16 @@ struct Unsigned {
         asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
     }
     static PLIANT_INLINE void add_positive(__m256i& sum, __m256i w, __m256i x) { add(sum, x, w); }
+    struct DeepSum {
+        __m256i top = _mm256_setzero_si256(), middle = _mm256_setzero_si256();
+
+        PLIANT_INLINE void add(const Deep& w, __m256i high, __m256i low) {
+            Unsigned::add(top, w.hi, high);
+            Unsigned::add(middle, w.hi, low);
+            Unsigned::add(middle, w.lo, high);
+        }
+        PLIANT_INLINE __m256 value() const { return both_parts(top, middle); }
+    };
 };
 
 }  // namespace pliant::avx2

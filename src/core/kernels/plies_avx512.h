@@ -131,7 +131,7 @@ template <bool Wide>
 PLIANT_INLINE __m512 to_float(__m512i top, __m512i middle) {
     const __m512 value = _mm512_cvtepi32_ps(top);
     if constexpr (!Wide) return value;
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(middle), _mm512_set1_ps(1.0f / 256.0f), value);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(middle), _mm512_set1_ps(1.0f / kSixteen), value);
 }
 
 // The factors of some tokens, padded to 16.
