@@ -237,73 +237,84 @@ struct Bytes {
     }
 };
 
-// Deep groups by products of 16 bits. With level = 16 hi + lo, the sum that is wanted is
-// Σ (16 hi · xh + hi · xl + lo · xh) / 16 = Σ (level · xh + hi · xl) / 16: a product of pairs
-// (level, hi) and (xh, xl), and one sum of 32 bits instead of two. Rounded to a float it is what
-// the two of Sums are.
+// Deep groups by products of 16 bits. With w = 16 hi + lo and x = 16 xh + xl, what is wanted is
+// Σ (16 hi · xh + hi · xl + lo · xh) / 16 = Σ (w · x - lo · xl) / 256. Rounded to a float it is
+// what the two sums of Sums are.
 
-// The pairs of an input: [64 columns].
-PLIANT_INLINE void make_pairs(const int8_t* xh, const int8_t* xl, int32_t* out) {
-    for (int k = 0; k < kGroup; k += 16) {
-        const auto wide = [&](const int8_t* x) PLIANT_LAMBDA {
-            return _mm256_cvtepi8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(x + k)));
-        };
-        const __m256i h = wide(xh), l = wide(xl);
-        const __m256i even = _mm256_unpacklo_epi16(h, l), odd = _mm256_unpackhi_epi16(h, l);
-        auto* to = reinterpret_cast<__m256i*>(out + k);
-        _mm256_store_si256(to, _mm256_permute2x128_si256(even, odd, 0x20));
-        _mm256_store_si256(to + 1, _mm256_permute2x128_si256(even, odd, 0x31));
-    }
-}
+// Four bytes of each row, as 16 · high + low: those of columns 0 and 2, and those of 1 and 3.
+struct Words {
+    __m256i even, odd;
+    PLIANT_INLINE Words(__m256i high, __m256i low)
+        : even(_mm256_add_epi16(_mm256_srai_epi16(_mm256_slli_epi16(high, 8), 4),
+                                _mm256_srai_epi16(_mm256_slli_epi16(low, 8), 8))),
+          odd(_mm256_add_epi16(
+              _mm256_srai_epi16(_mm256_and_si256(high, _mm256_set1_epi16(-256)), 4),
+              _mm256_srai_epi16(low, 8))) {}
+};
 
-// The sums of T tokens and two parts.
+constexpr int kQuads = kGroup / 4;
+
+// The sums of T tokens and a part.
 template <int T>
-struct PairSums {
-    __m256i sum0 = _mm256_setzero_si256(), sum1 = _mm256_setzero_si256();
-    PairSums<T - 1> rest;
+struct WordSums {
+    static constexpr int kFlip = kMostLow + 1;  // is added to lo
+    static constexpr int kFit = 8;              // products of lo and xl into 16 bits
+    __m256i sum, low = _mm256_setzero_si256();
+    WordSums<T - 1> rest;
 
-    PLIANT_INLINE void add(const int32_t* x, __m256i w0, __m256i w1) {
-        const __m256i pair = _mm256_set1_epi32(*x);
-        add32(sum0, _mm256_madd_epi16(w0, pair));
-        add32(sum1, _mm256_madd_epi16(w1, pair));
-        rest.add(x + kGroup, w0, w1);
+    PLIANT_INLINE void start(const int32_t* sum_lo) {
+        sum = _mm256_set1_epi32(kFlip * *sum_lo);
+        rest.start(sum_lo + 1);
     }
-    PLIANT_INLINE void finish(const float* factors, const __m256* step, float* sums) const {
-        const __m256 factor = _mm256_set1_ps(*factors);
-        finish(sum0, factor, step[0], sums);
-        finish(sum1, factor, step[1], sums + kPart);
-        rest.finish(factors + 1, step, sums + kSupertile);
+    PLIANT_INLINE void add(const int32_t* x, const int8_t* xl, const __m256i* w) {
+        add32(sum, _mm256_madd_epi16(w[0], _mm256_set1_epi32(x[0])));
+        add32(sum, _mm256_madd_epi16(w[1], _mm256_set1_epi32(x[kQuads])));
+        add16(low, _mm256_maddubs_epi16(w[2], broadcast(xl)));
+        rest.add(x + 2 * kQuads, xl + kGroup, w);
     }
-
-  private:
-    static PLIANT_INLINE void finish(__m256i sum, __m256 factor, __m256 step, float* sums) {
+    PLIANT_INLINE void take_low() {
+        sum = _mm256_sub_epi32(sum, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+        low = _mm256_setzero_si256();
+        rest.take_low();
+    }
+    PLIANT_INLINE void finish(const float* factors, __m256 step, float* sums) const {
         const __m256 value =
-            _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(1.0f / kSixteen));
-        add_scaled(value, step, factor, sums);
+            _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(1.0f / (kSixteen * kSixteen)));
+        add_scaled(value, step, _mm256_set1_ps(*factors), sums);
+        rest.finish(factors + 1, step, sums + kSupertile);
     }
 };
 template <>
-struct PairSums<0> {
-    PLIANT_INLINE void add(const int32_t*, __m256i, __m256i) {}
-    PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
+struct WordSums<0> {
+    PLIANT_INLINE void start(const int32_t*) {}
+    PLIANT_INLINE void add(const int32_t*, const int8_t*, const __m256i*) {}
+    PLIANT_INLINE void take_low() {}
+    PLIANT_INLINE void finish(const float*, __m256, float*) const {}
 };
 
-// As Bytes, in pairs: [64 columns][4 parts][8 rows].
+// As Bytes, in words: [4 parts][16 quads of columns]: words of even and of odd columns, lo + kFlip.
 template <int N>
-struct Pairs {
-    static constexpr int kFlip = 0, kBlock = 6;
-    alignas(64) uint8_t pairs[kGroup * kSupertile * 4];
+struct InWords {
+    static constexpr int kFlip = 0, kBlock = 4;
+    alignas(64) uint8_t words[4 * kQuads * 3 * 32];
     const CodedProduct& p;
-    int32_t* const x;  // [tokens][64 columns], behind the sums of the strip
+    int32_t* const x;  // [tokens][even, odd][16 quads], behind the sums of the strip
+    int g = 0;
 
-    explicit Pairs(const Strip& strip)
+    explicit InWords(const Strip& strip)
         : p(strip.p), x(reinterpret_cast<int32_t*>(strip.sums + kMaxTokens * kSupertile)) {
-        static_assert(kScratchBytes >= kMaxTokens * (kSupertile + kGroup) * sizeof(int32_t));
+        static_assert(kScratchBytes >= kMaxTokens * (kSupertile + 2 * kQuads) * sizeof(int32_t));
     }
     void begin(int group) {
+        g = group;
         for (int t = 0; t < p.tokens; ++t) {
             const size_t at = p.x->at(group, t) * kGroup;
-            make_pairs(p.x->hi + at, p.x->lo + at, x + t * kGroup);
+            for (int half = 0; half < 2; ++half) {
+                const Words w(load(p.x->hi + at + 32 * half), load(p.x->lo + at + 32 * half));
+                int32_t* to = x + 2 * kQuads * t + 8 * half;
+                store(to, w.even);
+                store(to + kQuads, w.odd);
+            }
         }
     }
 
@@ -313,20 +324,12 @@ struct Pairs {
                 const Bits<N> bits(planes, place(part, h));
                 repeat<8>([&]<int j>() PLIANT_LAMBDA {
                     const Deep w = levels.template look_up<j>(bits);
-                    const __m256i high = _mm256_sign_epi8(w.hi, w.sign);
                     const __m256i low = _mm256_sign_epi8(w.lo, w.sign);
-                    repeat<4>([&]<int c>() PLIANT_LAMBDA {  // column c of each row, with its sign
-                        const auto column = [](__m256i quad) PLIANT_LAMBDA {
-                            return _mm256_srai_epi32(_mm256_slli_epi32(quad, 24 - 8 * c), 24);
-                        };
-                        const __m256i h32 = column(high);
-                        const __m256i level =
-                            _mm256_add_epi32(_mm256_slli_epi32(h32, 4), column(low));
-                        const int at = ((32 * h + 4 * j + c) * 4 + part) * 32;
-                        _mm256_store_si256(
-                            reinterpret_cast<__m256i*>(pairs + at),
-                            _mm256_blend_epi16(level, _mm256_slli_epi32(h32, 16), 0xAA));
-                    });
+                    const Words both(_mm256_sign_epi8(w.hi, w.sign), low);
+                    uint8_t* to = words + (part * kQuads + 8 * h + j) * 3 * 32;
+                    store(to, both.even);
+                    store(to + 32, both.odd);
+                    store(to + 64, _mm256_add_epi8(low, bytes(WordSums<1>::kFlip)));
                 });
             }
     }
@@ -334,13 +337,21 @@ struct Pairs {
     template <int T>
     [[gnu::noinline]] void multiply(int token, const float* factors, const __m256* step,
                                     float* sums) const {
-        const int32_t* const from = x + token * kGroup;
-        for (int half = 0; half < 2; ++half) {
-            PairSums<T> sum;
-            const uint8_t* w = pairs + 64 * half;
-            for (int k = 0; k < kGroup; ++k, w += 128) sum.add(from + k, load(w), load(w + 32));
-            sum.finish(factors + token, step + 2 * half,
-                       sums + token * kSupertile + 2 * kPart * half);
+        const size_t first = p.x->at(g, token);
+        for (int part = 0; part < 4; ++part) {
+            const uint8_t* from = words + part * kQuads * 3 * 32;
+            const int32_t* both = x + 2 * kQuads * token;
+            const int8_t* xl = p.x->lo + first * kGroup;
+            WordSums<T> sum;
+            sum.start(p.x->sum_lo + first);
+            for (int some = 0; some < kQuads; some += WordSums<T>::kFit) {
+                for (int i = 0; i < WordSums<T>::kFit; ++i, from += 3 * 32, ++both, xl += 4) {
+                    const __m256i w[] = {load(from), load(from + 32), load(from + 64)};
+                    sum.add(both, xl, w);
+                }
+                sum.take_low();
+            }
+            sum.finish(factors + token, step[part], sums + token * kSupertile + kPart * part);
         }
     }
 };
@@ -348,7 +359,7 @@ struct Pairs {
 // Many tokens: as many at a time as there are registers for their sums.
 template <typename Dot, int N>
 void many_tokens(const Strip& strip, const Run& run) {
-    using Group = std::conditional_t<Dot::kPairs && N >= kWideDepth, Pairs<N>, Bytes<Dot, N>>;
+    using Group = std::conditional_t<Dot::kWords && N >= kWideDepth, InWords<N>, Bytes<Dot, N>>;
     constexpr int kBlock = Group::kBlock;
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;

@@ -215,6 +215,10 @@ PLIANT_INLINE __m256 both_parts(__m256i top, __m256i middle) {
                            _mm256_cvtepi32_ps(top));
 }
 
+PLIANT_INLINE void add16(__m256i& sum, __m256i product) {
+    asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product));
+}
+
 // Products of four neighbouring bytes each, added to 32-bit sums.
 
 // Levels of at most 63, with 64 added: unsigned, and two products of them fit into 16 bits.
@@ -231,7 +235,7 @@ struct Signed {
     using Shallow = Small;  // up to kSmallDepth
     static constexpr int kFlip = 0;
     static constexpr int kTokens = 4;     // whose sums of 16 rows fit into registers
-    static constexpr bool kPairs = true;  // products of 16 bits are cheaper than three of 8
+    static constexpr bool kWords = true;  // products of 16 bits are cheaper than three of 8
     static PLIANT_INLINE __m256i start(int32_t) { return _mm256_setzero_si256(); }
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
@@ -264,7 +268,7 @@ struct Unsigned {
     using Shallow = Unsigned;
     static constexpr int kFlip = 0x80;
     static constexpr int kTokens = 6;
-    static constexpr bool kPairs = false;
+    static constexpr bool kWords = false;
     static PLIANT_INLINE __m256i start(int32_t sum) { return _mm256_set1_epi32(-128 * sum); }
     // Of AVX-VNNI. In assembly, as in coded_avx512.cpp; and so only the assembler has to know it.
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
