@@ -209,14 +209,13 @@ struct DeepTable {
 PLIANT_INLINE void add32(__m256i& sum, __m256i product) {
     asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
 }
+PLIANT_INLINE void add16(__m256i& sum, __m256i product) {
+    asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product));
+}
 
 PLIANT_INLINE __m256 both_parts(__m256i top, __m256i middle) {
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(middle), _mm256_set1_ps(1.0f / kSixteen),
                            _mm256_cvtepi32_ps(top));
-}
-
-PLIANT_INLINE void add16(__m256i& sum, __m256i product) {
-    asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product));
 }
 
 // Products of four neighbouring bytes each, added to 32-bit sums.
