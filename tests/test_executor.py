@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from oracle import oracle_logits
 from packs import slow_matrix, write_random_pack
 from pliant import _core
+from pliant.codec.tree import LEVELS
 from pliant.errors import ChecksumError, EngineError, FormatError, UsageError
 from pliant.store import Pack
 
@@ -173,22 +174,26 @@ def test_deep_plies_are_as_good_as_plain_matrices(tmp_path: Path) -> None:
 def test_levels_that_are_near_to_sums_are_taken_and_others_refused(tmp_path: Path) -> None:
     pack = Pack.open(write_random_pack(tmp_path / "pack", least=8))
     ids = some_ids(160, 20)
+    own, unit = pack.base["tree"], pack.base["tree"][-1] / 2032
     want = run(build(pack), ids)
-    own = pack.base["tree"].copy()
-    for depth in (7, 8):
-        first, half = 2**depth - 2, 2 ** (depth - 1)
-        unit = own[first + 2 * half - 1] / 2032
-        for at in (0, half // 2):
-            for by, right in ((0.45, True), (60.0, False)):
-                tree = own.copy()
-                tree[first + half + at] += by * unit
-                tree[first + half - 1 - at] -= by * unit
-                pack.base["tree"] = tree
-                if right:  # rounded to what it was
-                    assert np.array_equal(run(build(pack), ids), want)
-                else:
-                    with pytest.raises(FormatError, match=f"levels of depth {depth} are not near"):
-                        build(pack)
+    for tree, right in (
+        *((LEVELS, True), *((moved(own, place, 0.45 * unit), True) for place in (0, 64))),
+        *((moved(own, place, 60 * unit), False) for place in (0, 64)),
+    ):
+        pack.base["tree"] = tree
+        if right:  # rounded to the same sums
+            assert np.array_equal(run(build(pack), ids), want)
+        else:
+            with pytest.raises(FormatError, match="levels of depth 8 are not near to sums"):
+                build(pack)
+
+
+def moved(tree: npt.NDArray[np.float32], place: int, by: float) -> npt.NDArray[np.float32]:
+    """A tree with one of the positive levels of depth 8 moved, and its counterpart."""
+    tree = tree.copy()
+    tree[-128 + place] += by
+    tree[-129 - place] -= by
+    return tree
 
 
 def test_every_instruction_set_gives_the_same_bits(pack: Pack) -> None:

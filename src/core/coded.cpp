@@ -32,6 +32,10 @@ int level_number(int depth, int byte) {
 
 constexpr float kMostStep = 0x1p64f;
 
+constexpr int kMostDeep = 127 * kSixteen;
+
+int rounded(double x) { return static_cast<int>(std::lround(x)); }
+
 // Rounded to 22 bits: 1.5 · 2^23 times it is then exact, on which kernels build.
 float with_22_bits(float value) {
     const uint32_t bits = std::bit_cast<uint32_t>(value);
@@ -51,53 +55,67 @@ const float* make_kv_scales() {
 const float* const kKvScales = make_kv_scales();
 
 void DeepLevels::build(const float* levels, int depth) {
-    constexpr int kMost = 127 * kSixteen, kMostPlies = kMaxDepth - kWideDepth + 1;
-    const int plies = depth - kWideDepth + 1, count = 1 << plies;
+    const int count = 1 << (depth - 5);
     const double peak = levels[16 * count - 1];
-    const auto is_set = [&](int level, int ply) { return (level >> (plies - 1 - ply) & 1) != 0; };
-    for (int a = 0; a < 16; ++a) {
-        std::array<double, 1 << kMostPlies> want{};  // in sixteenths
-        for (int i = 0; i < count; ++i)
-            want[i] = peak > 0.0 ? levels[a * count + i] / peak * kMost : 0.0;
-        const auto rounded = [](double x) { return static_cast<int>(std::lround(x)); };
-        std::array<int, kMostPlies> step{};
-        const bool last = a == 15 && plies > 1;
-        if (!last)  // the steps that are nearest to the levels
-            for (int ply = 0; ply < plies; ++ply) {
-                double sum = 0.0;
-                for (int i = 0; i < count; ++i) sum += is_set(i, ply) ? want[i] : -want[i];
-                step[ply] = rounded(sum * 2 / count);
-            }
-        const auto steps_of = [&](int i) {
-            int sum = 0;
-            for (int ply = 0; ply < plies; ++ply) sum += is_set(i, ply) * step[ply];
-            return sum;
-        };
-        double rest = 0.0;
-        for (int i = 0; i < count; ++i) rest += want[i] - steps_of(i);
-        const int low = last ? rounded(want[0] / kSixteen) * kSixteen : rounded(rest / count);
-        const int high = low + step[0];
-        bool near = high >= 0 && step[1] >= 0 && step[2] >= 0 &&
-                    kSixteen - 1 + step[1] + step[2] <= kMostLow;
+    for (int block = 0; block < 16; ++block) {
+        std::array<double, 8> want{};  // in sixteenths
+        bool near = true;
         for (int i = 0; i < count; ++i) {
-            const int more = last ? rounded((want[i] - low) / kSixteen) : 0;
-            const int level = low + steps_of(i) + more * kSixteen;
-            near =
-                near && level >= 0 && level <= kMost && std::fabs(level - want[i]) <= kSixteen / 2;
-            if (a == 15 && near)
-                std::fill_n(last_hi + 8 + (i << (kMostPlies - plies)), 1 << (kMostPlies - plies),
-                            static_cast<int8_t>(more));
+            want[i] = peak > 0.0 ? levels[block * count + i] / peak * kMostDeep : 0.0;
+            near = near && want[i] >= 0.0 && want[i] <= kMostDeep;
         }
+        if (near && depth == 8)
+            near = put_sums(want, block);
+        else if (near)  // without plies 6 and 7, with 6, with 7, with both
+            put({rounded(want[0]), rounded(want[count / 2]), rounded(want[depth == 7 ? 1 : 0]),
+                 rounded(want[depth == 7 ? 3 : 1])},
+                block);
         if (!near)
             throw FormatError("the levels of depth " + std::to_string(depth) +
                               " are not near to sums of steps (docs/format.md, section 4)");
-        hi[0][a] = static_cast<int8_t>(low / kSixteen);
-        hi[1][a] = static_cast<int8_t>(high / kSixteen - low / kSixteen);
-        lo[0][a] = static_cast<int8_t>(low % kSixteen);
-        lo[1][a] = static_cast<int8_t>(high % kSixteen - low % kSixteen);
-        lo[2][a] = static_cast<int8_t>(step[1]);
-        lo[3][a] = static_cast<int8_t>(step[2]);
     }
+}
+
+void DeepLevels::put(const std::array<int, 4>& level, int block) {
+    const auto fill = [&](int8_t (&to)[4][16], const auto& part) {
+        const int none = part(level[0]), six = part(level[1]), seven = part(level[2]);
+        to[0][block] = static_cast<int8_t>(none);
+        to[1][block] = static_cast<int8_t>(six - none);
+        to[2][block] = static_cast<int8_t>(seven - none);
+        to[3][block] = static_cast<int8_t>(part(level[3]) - seven - six + none);
+    };
+    fill(hi, [](int x) { return x / kSixteen; });
+    fill(lo, [](int x) { return x % kSixteen; });
+}
+
+bool DeepLevels::put_sums(const std::array<double, 8>& want, int block) {
+    const bool last = block == 15;
+    std::array<int, 3> step{};  // what plies 6, 7, 8 add
+    const auto steps_of = [&](int i) {
+        return (i >> 2) * step[0] + (i >> 1 & 1) * step[1] + (i & 1) * step[2];
+    };
+    for (int ply = 0; ply < 3 && !last; ++ply) {
+        double sum = 0.0;
+        for (int i = 0; i < 8; ++i) sum += (i >> (2 - ply) & 1) != 0 ? want[i] : -want[i];
+        step[ply] = rounded(sum / 4);
+    }
+    double rest = 0.0;
+    for (int i = 0; i < 8; ++i) rest += want[i] - steps_of(i);
+    const int low = last ? rounded(want[0] / kSixteen) * kSixteen : rounded(rest / 8);
+    const int high = low + step[0];
+    if (high < 0 || step[1] < 0 || step[2] < 0 || kSixteen - 1 + step[1] + step[2] > kMostLow)
+        return false;
+    for (int i = 0; i < 8; ++i) {
+        const int more = last ? rounded((want[i] - low) / kSixteen) : 0;
+        const int level = low + steps_of(i) + more * kSixteen;
+        if (level < 0 || level > kMostDeep || std::fabs(level - want[i]) > kSixteen / 2)
+            return false;
+        if (last) last_hi[8 + i] = static_cast<int8_t>(more);
+    }
+    put({low, high, low, high}, block);
+    lo[2][block] = static_cast<int8_t>(step[1]);
+    lo[3][block] = static_cast<int8_t>(step[2]);
+    return true;
 }
 
 void LevelTables::build(const float* levels, const float* scale_steps) {
@@ -127,13 +145,19 @@ void LevelTables::build(const float* levels, const float* scale_steps) {
             if (depth < kWideDepth) continue;
             const int sign = number < count / 2 ? -1 : 1;
             const int positive = sign < 0 ? count / 2 - 1 - number : number - count / 2;
-            const int plies = depth - 5, a = positive >> plies;
-            const int rest = positive << (3 - plies) & 7;  // plies 6-8
+            const int block = positive >> (depth - 5);
+            const int plies = positive << (8 - depth) & 7;  // 6-8
+            const int six = plies >> 2, seven = plies >> 1 & 1, eight = plies & 1;
             const DeepLevels& d = deep[depth];
-            const int high =
-                d.hi[0][a] + (rest >> 2) * d.hi[1][a] + (a == 15) * d.last_hi[8 | rest];
-            const int low = d.lo[0][a] + (rest >> 2) * d.lo[1][a] + (rest >> 1 & 1) * d.lo[2][a] +
-                            (rest & 1) * d.lo[3][a];
+            int high = d.hi[0][block] + six * d.hi[1][block] + seven * d.hi[2][block];
+            int low = d.lo[0][block] + six * d.lo[1][block] + seven * d.lo[2][block];
+            if (depth < 8) {
+                high += (six & seven) * d.hi[3][block];
+                low += (six & seven) * d.lo[3][block];
+            } else {
+                high += block == 15 ? d.last_hi[8 | plies] : 0;
+                low += eight * d.lo[3][block];
+            }
             hi[depth][byte] = static_cast<int8_t>(sign * high);
             lo[depth][byte] = static_cast<int8_t>(sign * low);
         }

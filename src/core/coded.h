@@ -2,6 +2,7 @@
 // docs/format.md, section 4.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -14,17 +15,23 @@ constexpr int kMaxDepth = 8;
 constexpr int kWideDepth = 6;  // from this depth on, levels and activations have 12 bits, not 8
 constexpr int kSixteen = 16;   // parts of a step of 8 bits, which the other 4 bits count
 
-// The positive levels of a depth from kWideDepth on, hi + lo / 16, as sums of what plies add
-// (docs/format.md, section 4); negative ones mirror them.
+// The positive levels of a depth from kWideDepth on, hi + lo / 16, as sums of what plies add;
+// negative ones mirror them. Those of depths 6 and 7 are exact, those of depth 8 near to what is
+// wanted (docs/format.md, section 4).
 struct DeepLevels {
-    // By plies 2-5: what is there, and what ply 6 adds; of lo also what plies 7 and 8 add.
-    alignas(16) int8_t hi[2][16] = {}, lo[4][16] = {};
-    // What is added to hi in the last block: by 1 and plies 6-8, whatever those are that a depth
-    // does not use.
+    // By plies 2-5, the block: what is there, what plies 6 and 7 add, and what both add besides. At
+    // depth 8 ply 7 adds to lo alone, and the last of lo is what ply 8 adds.
+    alignas(16) int8_t hi[4][16] = {}, lo[4][16] = {};
+    // At depth 8: what is added to hi in the last block, by 1 and plies 6-8.
     alignas(16) int8_t last_hi[16] = {};
 
     // `levels`: the positive ones. Throws FormatError unless such sums are near to them.
     void build(const float* levels, int depth);
+
+  private:
+    // In sixteenths; `level`: without plies 6 and 7, with 6, with 7, with both.
+    void put(const std::array<int, 4>& level, int block);
+    bool put_sums(const std::array<double, 8>& want, int block);
 };
 // So that lo · 127 twice, and hi · 8 twice, fit into 16 bits together.
 constexpr int kMostLow = 119;

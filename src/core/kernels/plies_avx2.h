@@ -168,15 +168,17 @@ struct Deep {
 
 template <int N>
 struct DeepTable {
-    __m256i hi[2], lo[N - 4], last_hi;
+    __m256i hi[4], lo[4], last_hi;
 
     PLIANT_INLINE explicit DeepTable(const DeepLevels& levels) {
         const auto all = [](const int8_t* row) PLIANT_LAMBDA {
             return _mm256_broadcastsi128_si256(
                 _mm_load_si128(reinterpret_cast<const __m128i*>(row)));
         };
-        for (int i = 0; i < 2; ++i) hi[i] = all(levels.hi[i]);
-        for (int i = 0; i < N - 4; ++i) lo[i] = all(levels.lo[i]);
+        for (int i = 0; i < 4; ++i) {
+            hi[i] = all(levels.hi[i]);
+            lo[i] = all(levels.lo[i]);
+        }
         last_hi = all(levels.last_hi);
     }
     template <int j>
@@ -188,18 +190,29 @@ struct DeepTable {
         const __m256i at = _mm256_and_si256(_mm256_xor_si256(lower, negative), four);
         Deep w{_mm256_shuffle_epi8(hi[0], at), _mm256_shuffle_epi8(lo[0], at),
                _mm256_or_si256(negative, bytes(1))};
-        // What a ply adds: an index with bit 7, where it is not set, gives zero.
+        const auto add = [](__m256i& sum, __m256i table, __m256i index) PLIANT_LAMBDA {
+            sum = _mm256_add_epi8(sum, _mm256_shuffle_epi8(table, index));
+        };
+        // Bit 7 where the next ply is not set: for such an index a shuffle gives zero.
         __m256i unset = _mm256_andnot_si256(rest, bytes(0x70));
-        repeat<N - 5>([&]<int i>() PLIANT_LAMBDA {
-            unset = _mm256_add_epi8(unset, unset);
-            const __m256i where = _mm256_or_si256(at, unset);
-            w.lo = _mm256_add_epi8(w.lo, _mm256_shuffle_epi8(lo[i + 1], where));
-            if constexpr (i == 0) w.hi = _mm256_add_epi8(w.hi, _mm256_shuffle_epi8(hi[1], where));
-        });
+        const auto next = [&]() PLIANT_LAMBDA { return unset = _mm256_add_epi8(unset, unset); };
+        const __m256i six = _mm256_or_si256(at, next());
+        add(w.hi, hi[1], six);
+        add(w.lo, lo[1], six);
         if constexpr (N > 6) {
-            const __m256i other = _mm256_cmpgt_epi8(four, at);
-            const __m256i where = _mm256_or_si256(_mm256_and_si256(left<-4>(rest), four), other);
-            w.hi = _mm256_add_epi8(w.hi, _mm256_shuffle_epi8(last_hi, where));
+            const __m256i seven = _mm256_or_si256(at, next());
+            add(w.lo, lo[2], seven);
+            if constexpr (N == 7) {
+                const __m256i both = _mm256_or_si256(six, seven);
+                add(w.hi, hi[2], seven);
+                add(w.hi, hi[3], both);
+                add(w.lo, lo[3], both);
+            } else {
+                add(w.lo, lo[3], _mm256_or_si256(at, next()));
+                const __m256i other = _mm256_cmpgt_epi8(four, at);
+                const __m256i plies = _mm256_and_si256(left<-4>(rest), four);
+                add(w.hi, last_hi, _mm256_or_si256(plies, other));
+            }
         }
         return w;
     }

@@ -3,8 +3,7 @@
 The 15 thresholds of the 16-level Lloyd-Max quantiser of a unit Gaussian (Lloyd 1957, Max 1960)
 are computed first. Merging neighbouring cells gives the cells of 3, 2 and 1 bits; splitting each
 cell in two, at the threshold that is best for that cell alone, gives those of 5, 6, 7 and 8 bits.
-A prefix of n bits decodes to the centre of mass of its cell; from 6 bits on, to what is near to it
-and can be added up from parts (docs/format.md, section 4): some processors have no large tables.
+A prefix of n bits decodes to the centre of mass of its cell.
 """
 
 from __future__ import annotations
@@ -83,35 +82,9 @@ _EDGES: F64 = _build()
 THRESHOLDS: F64 = _EDGES[1:-1].copy()
 """float64 [255], rising: leaf i holds the values between THRESHOLDS[i - 1] and THRESHOLDS[i]."""
 
-_SUMMED = 6  # bits from which on levels are sums
-_SIXTEEN = 16
-
-
-def _summed(centres: F64) -> F64:
-    """`centres` as sums: in 16 equal blocks of the positive ones, what is there and a step for each
-    further bit, in whole numbers of 1/2032 of the largest; in the outermost block, if it has more
-    than two, each by itself in whole numbers of 1/127 of it."""
-    positive = centres[len(centres) // 2 :]
-    unit = positive[-1] / (127 * _SIXTEEN)
-    blocks = (positive / unit).reshape(16, -1)
-    count = blocks.shape[1]
-    bits = np.arange(count)[:, None] >> np.arange(count.bit_length() - 1)[::-1] & 1
-    steps = np.rint(blocks @ (2 * bits - 1) * 2 / count) @ bits.T
-    sums = np.rint((blocks - steps).mean(axis=1, keepdims=True)) + steps
-    if count > 2:
-        sums[-1] = np.rint(blocks[-1] / _SIXTEEN) * _SIXTEEN
-    out: F64 = np.concatenate([-sums.ravel()[::-1], sums.ravel()]) * unit
-    return out
-
-
-def _levels(bits: int) -> F64:
-    centres = _centres(_EDGES[:: LEAVES >> bits])
-    return _summed(centres) if bits >= _SUMMED else centres
-
-
-LEVELS: NDArray[np.float32] = np.concatenate([_levels(n) for n in range(1, MAX_DEPTH + 1)]).astype(
-    np.float32
-)
+LEVELS: NDArray[np.float32] = np.concatenate(
+    [_centres(_EDGES[:: LEAVES >> n]) for n in range(1, MAX_DEPTH + 1)]
+).astype(np.float32)
 """float32 [510]: the levels of depth n are the 2**n values from index 2**n - 2, rising."""
 
 # Fine where most groups are (their logarithms spread by 0.16 octaves), coarse toward the rare large
@@ -144,6 +117,6 @@ def distortion(depth: int) -> float:
         return 1.0
     if not 0 < depth <= MAX_DEPTH:
         raise ValueError(f"depth is 0 to {MAX_DEPTH}, not {depth}")
-    edges, level = _EDGES[:: LEAVES >> depth], _levels(depth)
-    # E[(x - level)^2], with E[x^2] = 1 and E[x] of each cell.
-    return float(1.0 + np.sum(_mass(edges) * level * (level - 2 * _centres(edges))))
+    edges = _EDGES[:: LEAVES >> depth]
+    # E[x^2] = 1 and the levels are centres of mass, so the error is 1 - E[level^2].
+    return float(1.0 - np.sum(_mass(edges) * _centres(edges) ** 2))
