@@ -172,7 +172,7 @@ def _is_cached(file: RegularFile, offset: int) -> bool:
     """Whether the kernel has this byte: asking for megabytes that it has takes time, too."""
     try:
         os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
-    except BlockingIOError:
+    except OSError:  # it has not, or its filesystem cannot say
         return False
     return True
 
