@@ -1,4 +1,4 @@
-"""The decoder in plain numpy, float64: no cache, no batches, no integers."""
+"""The decoder in plain numpy, float64: no batches, no integers; of a cache only its precision."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def oracle_logits(
             return np.concatenate((a * cos - b * sin, b * cos + a * sin), -1)
 
         q, k = rotate(q), rotate(k)
+        k, v = (z.astype(np.float16).astype(np.float64) for z in (k, v))
         k, v = (np.repeat(z, heads // kv_heads, 1) for z in (k, v))
         scores = np.einsum("qhd,khd->hqk", q, k) * model["attn_scale"]
         if model["attn_softcap"]:
