@@ -114,7 +114,7 @@ bool DeepLevels::put_sums(const std::array<double, 8>& want, int block) {
     }
     put({low, high, low, high}, block);
     lo[2][block] = static_cast<int8_t>(step[1]);
-    lo[3][block] = static_cast<int8_t>(step[2]);
+    eight[block] = static_cast<int8_t>(step[2]);
     return true;
 }
 
@@ -149,15 +149,12 @@ void LevelTables::build(const float* levels, const float* scale_steps) {
             const int plies = positive << (8 - depth) & 7;  // 6-8
             const int six = plies >> 2, seven = plies >> 1 & 1, eight = plies & 1;
             const DeepLevels& d = deep[depth];
-            int high = d.hi[0][block] + six * d.hi[1][block] + seven * d.hi[2][block];
-            int low = d.lo[0][block] + six * d.lo[1][block] + seven * d.lo[2][block];
-            if (depth < 8) {
-                high += (six & seven) * d.hi[3][block];
-                low += (six & seven) * d.lo[3][block];
-            } else {
-                high += block == 15 ? d.last_hi[8 | plies] : 0;
-                low += eight * d.lo[3][block];
-            }
+            const auto sum = [&](const int8_t (&adds)[4][16]) {
+                return adds[0][block] + six * adds[1][block] + seven * adds[2][block] +
+                       (six & seven) * adds[3][block];
+            };
+            const int high = sum(d.hi) + (block == 15 ? d.last_hi[8 | plies] : 0);
+            const int low = sum(d.lo) + eight * d.eight[block];
             hi[depth][byte] = static_cast<int8_t>(sign * high);
             lo[depth][byte] = static_cast<int8_t>(sign * low);
         }

@@ -19,11 +19,11 @@ constexpr int kSixteen = 16;   // parts of a step of 8 bits, which the other 4 b
 // negative ones mirror them. Those of depths 6 and 7 are exact, those of depth 8 near to what is
 // wanted (docs/format.md, section 4).
 struct DeepLevels {
-    // By plies 2-5, the block: what is there, what plies 6 and 7 add, and what both add besides. At
-    // depth 8 ply 7 adds to lo alone, and the last of lo is what ply 8 adds.
+    // By plies 2-5, the block: what is there, what plies 6 and 7 add, and what both add besides.
     alignas(16) int8_t hi[4][16] = {}, lo[4][16] = {};
-    // At depth 8: what is added to hi in the last block, by 1 and plies 6-8.
-    alignas(16) int8_t last_hi[16] = {};
+    // At depth 8, where ply 7 adds to lo alone, and plies 6 and 7 nothing together: what ply 8 adds
+    // to lo, and what is added to hi in the last block, by 1 and plies 6-8.
+    alignas(16) int8_t eight[16] = {}, last_hi[16] = {};
 
     // `levels`: the positive ones. Throws FormatError unless such sums are near to them.
     void build(const float* levels, int depth);

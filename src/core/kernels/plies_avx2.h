@@ -168,7 +168,7 @@ struct Deep {
 
 template <int N>
 struct DeepTable {
-    __m256i hi[4], lo[4], last_hi;
+    __m256i hi[4], lo[4], eight, last_hi;
 
     PLIANT_INLINE explicit DeepTable(const DeepLevels& levels) {
         const auto all = [](const int8_t* row) PLIANT_LAMBDA {
@@ -179,6 +179,7 @@ struct DeepTable {
             hi[i] = all(levels.hi[i]);
             lo[i] = all(levels.lo[i]);
         }
+        eight = all(levels.eight);
         last_hi = all(levels.last_hi);
     }
     template <int j>
@@ -208,7 +209,7 @@ struct DeepTable {
                 add(w.hi, hi[3], both);
                 add(w.lo, lo[3], both);
             } else {
-                add(w.lo, lo[3], _mm256_or_si256(at, next()));
+                add(w.lo, eight, _mm256_or_si256(at, next()));
                 const __m256i other = _mm256_cmpgt_epi8(four, at);
                 const __m256i plies = _mm256_and_si256(left<-4>(rest), four);
                 add(w.hi, last_hi, _mm256_or_si256(plies, other));
