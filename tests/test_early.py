@@ -13,6 +13,7 @@ import pytest
 
 import pliant
 from fakes import FakeExecutor, executor_of, fake_model
+from pliant import _core
 from pliant.engine.build import read_ahead
 from pliant.errors import ChecksumError, EngineError
 from pliant.store import Pack
@@ -146,14 +147,8 @@ def test_the_disk_is_asked_for_the_first_rungs(
 
     cached = True
 
-    def ask_the_cache(fd: int, buffers: list[bytearray], offset: int, flags: int) -> int:
-        assert flags == os.RWF_NOWAIT
-        if cached:
-            return 1
-        raise BlockingIOError
-
     monkeypatch.setattr(os, "posix_fadvise", note)
-    monkeypatch.setattr(os, "preadv", ask_the_cache)
+    monkeypatch.setattr(_core, "is_cached", lambda fd, offset, size: cached)
     read_ahead(pack, 1 << 30)
     wait_for_reading_ahead()
     assert not asked

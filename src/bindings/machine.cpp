@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "../core/kernels/kernels.h"
+#include "../core/reading.h"
 #include "bindings.h"
 
 namespace nb = nanobind;
@@ -23,6 +24,10 @@ void init_machine(nb::module_& module) {
             return std::make_tuple(r.now, r.peak);
         },
         "Resident set of this process and its peak (VmRSS, VmHWM) in bytes.");
+    module.def("is_cached", &is_cached, nb::arg("fd"), nb::arg("offset"), nb::arg("bytes"),
+               nb::call_guard<nb::gil_scoped_release>(),
+               "Whether most of this range of an open file is in the kernel's cache; true where "
+               "the kernel cannot tell.");
     module.def("read_bandwidth", &read_bandwidth, nb::arg("mebibytes"), nb::arg("threads"),
                nb::arg("repeats"), nb::call_guard<nb::gil_scoped_release>(),
                "Bytes per second of plain reading, the best of some repeats.");

@@ -25,8 +25,8 @@ constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, since Linux 5.14
 // moment after it, so this times the number of threads is kept small.
 constexpr uint64_t kChunk = uint64_t{1} << 20;
 
-// Is most of this range in the kernel's cache, so that reading it copies memory? Before Linux 6.5
-// its first byte stands for all. True where the kernel cannot tell.
+}  // namespace
+
 bool is_cached(int fd, uint64_t offset, uint64_t bytes) {
     constexpr long kCacheStat = 451;
     struct {
@@ -38,8 +38,6 @@ bool is_cached(int fd, uint64_t offset, uint64_t bytes) {
     const iovec to{&first, 1};
     return preadv2(fd, &to, 1, static_cast<off_t>(offset), RWF_NOWAIT) == 1 || errno != EAGAIN;
 }
-
-}  // namespace
 
 DirectFile::DirectFile(int fd) {
     const std::string path = "/proc/self/fd/" + std::to_string(fd);

@@ -17,6 +17,10 @@ struct RungSource {
     uint32_t crc;
 };
 
+// Is most of this range of a file in the kernel's cache, so that reading it copies memory? Before
+// Linux 6.5 its first byte stands for all. True where the kernel cannot tell.
+bool is_cached(int fd, uint64_t offset, uint64_t bytes);
+
 // A second way to an open file that leaves the kernel's cache alone.
 class DirectFile {
   public:

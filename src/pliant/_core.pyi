@@ -19,6 +19,10 @@ def usable_cpus() -> int:
 def resident_bytes() -> tuple[int, int]:
     """Resident set of this process and its peak (VmRSS, VmHWM) in bytes."""
 
+def is_cached(fd: int, offset: int, bytes: int) -> bool:
+    """Whether most of this range of an open file is in the kernel's cache; true where the kernel
+    cannot tell."""
+
 def read_bandwidth(mebibytes: int, threads: int, repeats: int) -> float:
     """Bytes per second of plain reading of anonymous memory, the best of some repeats."""
 

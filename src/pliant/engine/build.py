@@ -147,6 +147,8 @@ def pack_sizes(pack: Pack, executor: Executor, chunk: int = 0) -> PackSizes:
 def read_ahead(pack: Pack, most: int) -> None:
     """Have the kernel read the first rungs into its cache, `most` bytes of them, while something
     else goes on. Nothing depends on it; what goes wrong is met again when they are read."""
+    from pliant._core import is_cached
+
     rungs = min(int(np.searchsorted(pack.layout.payload, most)), pack.rungs_available)
     parts, first = [], 0
     for shard in pack.manifest.shards:
@@ -161,20 +163,12 @@ def read_ahead(pack: Pack, most: int) -> None:
         with suppress(PackError, OSError):
             for path, offset, size in parts:
                 with RegularFile(path) as file:
-                    if not _is_cached(file, offset + size - 1):
-                        os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+                    fd = file.fileno()
+                    if not is_cached(fd, offset, size):  # to ask for what is there takes time, too
+                        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
 
     # It waits where the disk has enough to do.
     threading.Thread(target=ask, name="read ahead", daemon=True).start()
-
-
-def _is_cached(file: RegularFile, offset: int) -> bool:
-    """Whether the kernel has this byte: asking for megabytes that it has takes time, too."""
-    try:
-        os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
-    except OSError:  # it has not, or its filesystem cannot say
-        return False
-    return True
 
 
 class RungFiles:
