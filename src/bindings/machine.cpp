@@ -24,7 +24,7 @@ void init_machine(nb::module_& module) {
             return std::make_tuple(r.now, r.peak);
         },
         "Resident set of this process and its peak (VmRSS, VmHWM) in bytes.");
-    module.def("is_cached", &is_cached, nb::arg("fd"), nb::arg("offset"), nb::arg("bytes"),
+    module.def("is_cached", &is_cached, nb::arg("fd"), nb::arg("offset"), nb::arg("size"),
                nb::call_guard<nb::gil_scoped_release>(),
                "Whether most of this range of an open file is in the kernel's cache; true where "
                "the kernel cannot tell.");

@@ -19,7 +19,7 @@ def usable_cpus() -> int:
 def resident_bytes() -> tuple[int, int]:
     """Resident set of this process and its peak (VmRSS, VmHWM) in bytes."""
 
-def is_cached(fd: int, offset: int, bytes: int) -> bool:
+def is_cached(fd: int, offset: int, size: int) -> bool:
     """Whether most of this range of an open file is in the kernel's cache; true where the kernel
     cannot tell."""
 
