@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,35 @@ def test_a_model_may_be_closed_before_the_rest_is_there(disk: SlowDisk) -> None:
     assert change.wait(20) is False
     with pytest.raises(EngineError, match="closed"):
         model.change  # noqa: B018
+
+
+class SlowEnd(FakeExecutor):
+    """All rungs are read at once, but their publication goes on until it may end."""
+
+    def __init__(self) -> None:
+        super().__init__(100)
+        self.may = threading.Event()
+
+    def publish(self, rungs: int) -> None:
+        super().publish(rungs)
+        if rungs > FLOOR:
+            assert self.may.wait(20)
+
+
+def test_closing_when_the_rest_has_just_come_is_no_failure() -> None:
+    executor, lines = SlowEnd(), list[str]()
+    model = fake_model(executor=executor, early=True, log=lines.append, min_bits=FLOOR)
+    change = model.change
+    assert change is not None
+    closing = threading.Thread(target=model.close)
+    closing.start()
+    while not model._turns._waiting:  # close takes the next turn, before the growth can settle
+        time.sleep(0.001)
+    executor.may.set()
+    with pytest.raises(EngineError, match="closed"):
+        change.wait(20)
+    closing.join(20)
+    assert not lines
 
 
 def test_the_core_ends_at_the_same_logits(tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ class Holdings:
                 try:
                     return self._grow(plan, wish, ticket, check)
                 except Exception as error:
+                    check()  # a model that was closed meanwhile stays at nothing
                     if log is not None:
                         log(f"the model stays at its floor of quality: {error}")
                     raise
