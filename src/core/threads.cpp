@@ -1,31 +1,10 @@
 #include "threads.h"
 
-#include <chrono>
-
 namespace pliant {
 
 namespace {
 
 constexpr uint32_t kOpen = 1u << 31;
-
-// Longer than the pause between two steps usually is.
-constexpr auto kSpin = std::chrono::microseconds(100);
-
-// Waits until `value` is no longer `old`: spins for a while, then sleeps in the kernel.
-uint32_t wait_while(std::atomic<uint32_t>& value, uint32_t old) {
-    using Clock = std::chrono::steady_clock;
-    for (const auto end = Clock::now() + kSpin; Clock::now() < end;)
-        for (int i = 0; i < 64; ++i) {
-            const uint32_t now = value.load(std::memory_order_acquire);
-            if (now != old) return now;
-            detail::relax();
-        }
-    for (;;) {
-        const uint32_t now = value.load(std::memory_order_acquire);
-        if (now != old) return now;
-        value.wait(old, std::memory_order_acquire);
-    }
-}
 
 }  // namespace
 
@@ -49,12 +28,12 @@ void ThreadPool::run(const std::function<void(int)>& job) {
     job(0);
     // Nobody comes in any more; nobody uses the job when the last one has left.
     uint32_t left = inside_.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
-    while (left != 0) left = wait_while(inside_, left);
+    while (left != 0) left = detail::wait_while(inside_, left);
 }
 
 void ThreadPool::work(int index) {
     for (uint32_t seen = 0;;) {
-        seen = wait_while(epoch_, seen);
+        seen = detail::wait_while(epoch_, seen);
         if (stop_.load()) return;
         if (inside_.fetch_add(1, std::memory_order_acq_rel) & kOpen) (*job_)(index);
         if (inside_.fetch_sub(1, std::memory_order_acq_rel) == 1) inside_.notify_all();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <thread>
@@ -10,11 +11,34 @@
 namespace pliant {
 
 namespace detail {
+
+// Longer than a task usually takes, and than the pause between two steps. A thread that sleeps is
+// back some 50 microseconds after it was woken.
+constexpr auto kSpin = std::chrono::microseconds(100);
+
 inline void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
 }
+
+// Waits until `value` is no longer `old`: spins for a while, then sleeps in the kernel.
+template <typename T>
+T wait_while(std::atomic<T>& value, T old) {
+    using Clock = std::chrono::steady_clock;
+    for (const auto end = Clock::now() + kSpin; Clock::now() < end;)
+        for (int i = 0; i < 64; ++i) {
+            const T now = value.load(std::memory_order_acquire);
+            if (now != old) return now;
+            relax();
+        }
+    for (;;) {
+        const T now = value.load(std::memory_order_acquire);
+        if (now != old) return now;
+        value.wait(old, std::memory_order_acquire);
+    }
+}
+
 }  // namespace detail
 
 constexpr int kMostShares = 8;
@@ -57,14 +81,9 @@ class Phase {
     }
 
   private:
-    // Spins for some tens of microseconds, longer than a task usually takes, then sleeps.
     void wait(int tasks) {
-        for (int i = 0; i < 1000; ++i) {
-            if (done_.load(std::memory_order_acquire) == tasks) return;
-            detail::relax();
-        }
         for (int done; (done = done_.load(std::memory_order_acquire)) != tasks;)
-            done_.wait(done, std::memory_order_acquire);
+            detail::wait_while(done_, done);
     }
 
     alignas(64) std::atomic<int> next_[kMostShares] = {};

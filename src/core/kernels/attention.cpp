@@ -17,18 +17,20 @@ constexpr int kPair = 2 * kLanes;
 constexpr int kSlice = 64;  // channels whose factors lie together
 // Pages on their way: one is computed in less time than it takes to come.
 constexpr int kFetched = 3;
+// Rows whose sums fit into registers: one vector of each, and two.
 #if defined(PLIANT_AVX512)
-constexpr int kRows = 12;  // whose sums fit into registers
+constexpr int kRows = 12, kRowsOfTwo = 12;
 #else
-constexpr int kRows = 8;
+constexpr int kRows = 6, kRowsOfTwo = 3;
 #endif
 
-// Two vectors of sums for each of Q rows. Members of nested structs become registers; elements of
-// arrays that live through a loop stay in memory. Factors of the rows are `Stride` apart.
-template <int Q, int Stride>
+// One or two vectors of sums for each of Q rows. Members of nested structs become registers;
+// elements of arrays that live through a loop stay in memory. Factors of the rows are `Stride`
+// apart.
+template <int Q, int Stride, bool Two>
 struct RowSums {
     V x, y;
-    RowSums<Q - 1, Stride> rest;
+    RowSums<Q - 1, Stride, Two> rest;
 
     PLIANT_INLINE void clear() {
         x = y = zero();
@@ -36,28 +38,28 @@ struct RowSums {
     }
     PLIANT_INLINE void read(const Attended* rows, int first, int second) {
         x = load(rows->values + first);
-        y = load(rows->values + second);
+        if constexpr (Two) y = load(rows->values + second);
         rest.read(rows + 1, first, second);
     }
     PLIANT_INLINE void add(V a, V b, const float* factors) {
         const V factor = set1(*factors);
         fma_to(x, a, factor);
-        fma_to(y, b, factor);
+        if constexpr (Two) fma_to(y, b, factor);
         rest.add(a, b, factors + Stride);
     }
     PLIANT_INLINE void write(const Attended* rows, int first, int second) const {
         store(rows->values + first, x);
-        store(rows->values + second, y);
+        if constexpr (Two) store(rows->values + second, y);
         rest.write(rows + 1, first, second);
     }
     PLIANT_INLINE void write(float (*rows)[kPartTokens], int at) const {
         store(rows[0] + at, x);
-        store(rows[0] + at + kLanes, y);
+        if constexpr (Two) store(rows[0] + at + kLanes, y);
         rest.write(rows + 1, at);
     }
 };
-template <int Stride>
-struct RowSums<0, Stride> {
+template <int Stride, bool Two>
+struct RowSums<0, Stride, Two> {
     PLIANT_INLINE void clear() {}
     PLIANT_INLINE void read(const Attended*, int, int) {}
     PLIANT_INLINE void add(V, V, const float*) {}
@@ -67,6 +69,8 @@ struct RowSums<0, Stride> {
 
 template <int Q>
 void attend_some(const Attention& a) {
+    constexpr bool kTwo = Q <= kRowsOfTwo;
+    constexpr int kStep = kTwo ? kPair : kLanes;
     const int dims = a.head_dim, padded = (dims + kLanes - 1) / kLanes * kLanes;
     alignas(64) float scores[Q][kPartTokens], queries[kMaxHeadDim / kSlice][Q][kSlice];
     for (int d = 0; d < dims; d += kSlice)
@@ -82,20 +86,22 @@ void attend_some(const Attention& a) {
         for (int line = 0; line < dims; ++line)
             __builtin_prefetch(later(i) + line * kPageTokens, 0, 1);
     for (int i = 0; i < count; ++i) {
-        const uint16_t* key = k[i];
         const uint16_t* next = later(i + kFetched);
-        RowSums<Q, kSlice> page;
-        page.clear();
-        for (int d = 0; d < dims; d += kSlice) {
-            const float* query = queries[d / kSlice][0];
-            for (const float* end = query + std::min(kSlice, dims - d); query != end; ++query) {
-                __builtin_prefetch(next, 0, 1);
-                page.add(load_half(key), load_half(key + kLanes), query);
-                key += kPageTokens;
-                next += kPageTokens;
+        for (int token = 0; token < kPageTokens; token += kStep) {
+            const uint16_t* key = k[i] + token;
+            RowSums<Q, kSlice, kTwo> page;
+            page.clear();
+            for (int d = 0; d < dims; d += kSlice) {
+                const float* query = queries[d / kSlice][0];
+                for (const float* end = query + std::min(kSlice, dims - d); query != end; ++query) {
+                    if (token == 0) __builtin_prefetch(next, 0, 1);
+                    page.add(load_half(key), kTwo ? load_half(key + kLanes) : zero(), query);
+                    key += kPageTokens;
+                    next += kPageTokens;
+                }
             }
+            page.write(scores, i * kPageTokens + token);
         }
-        page.write(scores, i * kPageTokens);
     }
     for (int q = 0; q < Q; ++q)
         find_best(scores[q], count, base, a.position[q], a.window, a.softcap, a.out[q]);
@@ -104,18 +110,20 @@ void attend_some(const Attention& a) {
     for (int i = 0; i < count; ++i) {
         const int tokens = std::min(kPageTokens, seen.last + 1 - base - i * kPageTokens);
         const uint16_t* next = later(count + i + kFetched);
-        for (int d = 0; d < padded; d += kPair) {
+        for (int d = 0; d < padded; d += kStep) {
             // The last of an odd number of vectors is computed twice.
             const int e = std::min(d + kLanes, padded - kLanes);
-            RowSums<Q, kPartTokens> drawn;
+            RowSums<Q, kPartTokens, kTwo> drawn;
             drawn.read(a.out, d, e);
             const uint16_t* value = v[i];
             const float* weight = scores[0] + i * kPageTokens;
             for (const float* end = weight + tokens; weight != end; ++weight) {
-                __builtin_prefetch(next, 0, 1);
-                drawn.add(load_half(value + d), load_half(value + e), weight);
+                if (d % kPair == 0) {
+                    __builtin_prefetch(next, 0, 1);
+                    next += kPair;
+                }
+                drawn.add(load_half(value + d), kTwo ? load_half(value + e) : zero(), weight);
                 value += padded;
-                next += kPair;
             }
             drawn.write(a.out, d, e);
         }

@@ -30,35 +30,35 @@ PLIANT_INLINE void add_scaled(__m256 value, __m256 step, __m256 factor, float* s
                     _mm256_fmadd_ps(_mm256_mul_ps(value, step), factor, _mm256_load_ps(sums)));
 }
 
-// The sums of T tokens and one or two parts. Members of nested structs become registers; elements
-// of arrays that live through a loop stay in memory.
-template <typename Dot, bool Wide, int Parts, int T>
+// The sums of T tokens and two parts. Members of nested structs become registers; elements of
+// arrays that live through a loop stay in memory.
+template <typename Dot, bool Wide, int T>
 struct Sums {
     __m256i top0, top1, middle0, middle1;
-    Sums<Dot, Wide, Parts, T - 1> rest;
+    Sums<Dot, Wide, T - 1> rest;
 
     PLIANT_INLINE void start(const int32_t* sum_hi, const int32_t* sum_lo) {
-        top0 = top1 = Dot::start(*sum_hi);
-        if constexpr (Wide) middle0 = middle1 = Dot::start(*sum_lo + *sum_hi);
+        top0 = top1 = _mm256_set1_epi32(Dot::start(*sum_hi));
+        if constexpr (Wide) middle0 = middle1 = _mm256_set1_epi32(Dot::start(*sum_lo + *sum_hi));
         rest.start(sum_hi + 1, sum_lo + 1);
     }
     PLIANT_INLINE void add(const int8_t* xh, const int8_t* xl, const __m256i* w, const __m256i* l) {
         const __m256i x = broadcast(xh);
         Dot::add(top0, w[0], x);
-        if constexpr (Parts > 1) Dot::add(top1, w[1], x);
+        Dot::add(top1, w[1], x);
         if constexpr (Wide) {
             const __m256i y = broadcast(xl);
             Dot::add(middle0, w[0], y);
-            if constexpr (Parts > 1) Dot::add(middle1, w[1], y);
+            Dot::add(middle1, w[1], y);
             Dot::add(middle0, l[0], x);
-            if constexpr (Parts > 1) Dot::add(middle1, l[1], x);
+            Dot::add(middle1, l[1], x);
         }
         rest.add(xh + kGroup, Wide ? xl + kGroup : nullptr, w, l);
     }
     PLIANT_INLINE void finish(const float* factors, const __m256* step, float* sums) const {
         const __m256 factor = _mm256_set1_ps(*factors);
         finish(top0, middle0, factor, step[0], sums);
-        if constexpr (Parts > 1) finish(top1, middle1, factor, step[1], sums + kPart);
+        finish(top1, middle1, factor, step[1], sums + kPart);
         rest.finish(factors + 1, step, sums + kSupertile);
     }
 
@@ -68,11 +68,39 @@ struct Sums {
         add_scaled(Wide ? both_parts(top, middle) : _mm256_cvtepi32_ps(top), step, factor, sums);
     }
 };
-template <typename Dot, bool Wide, int Parts>
-struct Sums<Dot, Wide, Parts, 0> {
+template <typename Dot, bool Wide>
+struct Sums<Dot, Wide, 0> {
     PLIANT_INLINE void start(const int32_t*, const int32_t*) {}
     PLIANT_INLINE void add(const int8_t*, const int8_t*, const __m256i*, const __m256i*) {}
     PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
+};
+
+constexpr int kQuads = kGroup / 4;
+
+// The sums of T tokens and a part, for inputs that were spread: [token][kQuads].
+template <typename Dot, int T>
+struct SpreadSums {
+    __m256i sum;
+    SpreadSums<Dot, T - 1> rest;
+
+    PLIANT_INLINE void start(const int32_t* from) {
+        sum = _mm256_set1_epi32(*from);
+        rest.start(from + 1);
+    }
+    PLIANT_INLINE void add(__m256i w, const typename Dot::Spread* x) {
+        Dot::add(sum, w, *x);
+        rest.add(w, x + kQuads);
+    }
+    PLIANT_INLINE void finish(const float* factors, __m256 step, float* sums) const {
+        add_scaled(_mm256_cvtepi32_ps(sum), step, _mm256_set1_ps(*factors), sums);
+        rest.finish(factors + 1, step, sums + kSupertile);
+    }
+};
+template <typename Dot>
+struct SpreadSums<Dot, 0> {
+    PLIANT_INLINE void start(const int32_t*) {}
+    PLIANT_INLINE void add(__m256i, const typename Dot::Spread*) {}
+    PLIANT_INLINE void finish(const float*, __m256, float*) const {}
 };
 
 // The sums of T tokens with deep levels of a part. The sign of a level moves to the input.
@@ -86,15 +114,15 @@ struct DeepSums {
                 _mm256_sign_epi8(broadcast(xl), w.sign));
         rest.add(w, xh + kGroup, xl + kGroup);
     }
-    PLIANT_INLINE void finish(const float* factors, const __m256* step, float* sums) const {
-        add_scaled(sum.value(), *step, _mm256_set1_ps(*factors), sums);
+    PLIANT_INLINE void finish(const float* factors, __m256 step, float* sums) const {
+        add_scaled(sum.value(), step, _mm256_set1_ps(*factors), sums);
         rest.finish(factors + 1, step, sums + kSupertile);
     }
 };
 template <typename Dot>
 struct DeepSums<Dot, 0> {
     PLIANT_INLINE void add(const Deep&, const int8_t*, const int8_t*) {}
-    PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
+    PLIANT_INLINE void finish(const float*, __m256, float*) const {}
 };
 
 template <typename Dot, int N>
@@ -122,50 +150,108 @@ constexpr size_t place(int part, int h) {
     return static_cast<size_t>(128 * (part / 2) + 64 * h + 32 * (part % 2));
 }
 
+// The products of T tokens with a group, straight out of its plies.
+template <typename Dot, int N, int T>
+struct FewShallow {
+    using Kind = For<Dot, N>;
+    const Prepared& x;
+    const Table<N> table;
+    alignas(32) typename Kind::Spread spread[T * kQuads];
+    int32_t starts[T];
+
+    explicit FewShallow(const CodedProduct& p) : x(*p.x), table(levels_of<N>(p, Kind::kFlip)) {}
+    void begin(int group) {
+        for (int t = 0; t < T; ++t) {
+            const size_t at = x.at(group, t);
+            for (int i = 0; i < kQuads; ++i)
+                spread[t * kQuads + i].set(broadcast(x.hi + at * kGroup + 4 * i));
+            starts[t] = Kind::start(x.sum_hi[at]);
+        }
+    }
+    // Bits are collected before those of the part before are used: a processor looks ahead as far
+    // as its schedulers have room, and must not wait for what it finds there.
+    PLIANT_INLINE void add(const Strip& strip, const uint8_t* const* planes, const uint8_t* codes,
+                           __m256 low, __m256 high, const float* factors, float* sums) const {
+        const size_t end = static_cast<size_t>(strip.last - strip.first) * 256;
+        Bits<N> first(planes, 0);
+        for (size_t at = 0; at < end; codes += 16, sums += T * kSupertile) {
+            strip.scout.go(N);
+            for (int part = 0; part < 4; part += 2) {
+                SpreadSums<Kind, T> sum0, sum1;
+                sum0.start(starts);
+                sum1.start(starts);
+                // A loop: all depths together have to fit into the cache of instructions.
+                for (int h = 0; h < 2; ++h) {
+                    const auto* const input = spread + 8 * h;
+                    const Bits<N> second(planes, at + 32);
+                    repeat<8>([&]<int j>() PLIANT_LAMBDA {
+                        sum0.add(table.template look_up<j>(first), input + j);
+                    });
+                    const size_t next = at + 64;
+                    first = Bits<N>(planes, next < end ? next : at);
+                    repeat<8>([&]<int j>() PLIANT_LAMBDA {
+                        sum1.add(table.template look_up<j>(second), input + j);
+                    });
+                    at = next;
+                }
+                sum0.finish(factors, row_steps(codes, part, low, high), sums + kPart * part);
+                sum1.finish(factors, row_steps(codes, part + 1, low, high),
+                            sums + kPart * (part + 1));
+            }
+        }
+    }
+};
+template <typename Dot, int N, int T>
+struct FewDeep {
+    const Prepared& x;
+    const DeepTable<N> table;
+    const int8_t *xh = nullptr, *xl = nullptr;
+
+    explicit FewDeep(const CodedProduct& p) : x(*p.x), table(levels_of<N>(p, 0)) {}
+    void begin(int group) {
+        xh = x.hi + x.at(group, 0) * kGroup;
+        xl = x.lo + x.at(group, 0) * kGroup;
+    }
+    PLIANT_INLINE void add(const Strip& strip, const uint8_t* const* planes, const uint8_t* codes,
+                           __m256 low, __m256 high, const float* factors, float* sums) const {
+        size_t supertile = 0;
+        for (int s = strip.first; s < strip.last; ++s, supertile += 256) {
+            strip.scout.go(N);
+            for (int part = 0; part < 4; ++part) {
+                DeepSums<Dot, T> sum;
+                for (int h = 0; h < 2; ++h) {
+                    const Bits<N> bits(planes, supertile + place(part, h));
+                    repeat<8>([&]<int j>() PLIANT_LAMBDA {
+                        const int at = 32 * h + 4 * j;
+                        sum.add(table.template look_up<j>(bits), xh + at, xl + at);
+                    });
+                }
+                sum.finish(factors, row_steps(codes, part, low, high), sums + kPart * part);
+            }
+            codes += 16;
+            sums += T * kSupertile;
+        }
+    }
+};
+
 // Adds the products of T tokens with a run: plies go from memory through registers
 // straight into the sums. Group after group, so that every ply is read as one stream.
 template <typename Dot, int N, int T>
 void multiply(const Strip& strip, const Run& run) {
-    constexpr bool kWide = N >= kWideDepth;
+    using Few = std::conditional_t<N >= kWideDepth, FewDeep<Dot, N, T>, FewShallow<Dot, N, T>>;
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
     const __m256 low = _mm256_load_ps(p.levels->steps), high = _mm256_load_ps(p.levels->steps + 8);
-    const Levels<N> levels = levels_of<N>(p, For<Dot, N>::kFlip);
+    Few few(p);
     for (int g = run.first, end = g + run.count; g < end; ++g) {
-        const size_t begin = p.x->at(g, 0);
-        const int8_t* const xh = p.x->hi + begin * kGroup;
-        const int8_t* const xl = p.x->lo + begin * kGroup;
+        few.begin(g);
         float factors[T];
         factors_of(p, g, N, 0, T, factors);
         const uint8_t* codes =
             block.codes[static_cast<size_t>(g)] + static_cast<size_t>(strip.first) * 16;
         const uint8_t* planes[N];
         planes_of<N>(block, g, strip.first, planes);
-        float* sums = strip.sums;
-        for (int s = strip.first; s < strip.last; ++s) {
-            strip.scout.go(N);
-            for (int part = 0; part < 4; ++part) {
-                std::conditional_t<kWide, DeepSums<Dot, T>, Sums<For<Dot, N>, false, 1, T>> sum;
-                if constexpr (!kWide) sum.start(p.x->sum_hi + begin, p.x->sum_lo + begin);
-                // A loop: all depths together have to fit into the cache of instructions.
-                for (int h = 0; h < 2; ++h) {
-                    const Bits<N> bits(planes, place(part, h));
-                    repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                        const int at = 32 * h + 4 * j;
-                        const auto w = levels.template look_up<j>(bits);
-                        if constexpr (kWide)
-                            sum.add(w, xh + at, xl + at);
-                        else
-                            sum.add(xh + at, nullptr, &w, nullptr);
-                    });
-                }
-                const __m256 step = row_steps(codes, part, low, high);
-                sum.finish(factors, &step, sums + kPart * part);
-            }
-            repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
-            codes += 16;
-            sums += T * kSupertile;
-        }
+        few.add(strip, planes, codes, low, high, factors, strip.sums);
     }
 }
 
@@ -220,7 +306,7 @@ struct Bytes {
         for (int half = 0; half < 2; ++half) {
             const int8_t* xh = x.hi + first * kGroup;
             const int8_t* xl = x.lo + first * kGroup;
-            Sums<For<Dot, N>, kWide, 2, T> sum;
+            Sums<For<Dot, N>, kWide, T> sum;
             sum.start(x.sum_hi + first, x.sum_lo + first);
             for (int at = 64 * half; at < kSupertile * kGroup; at += 128, xh += 4, xl += 4) {
                 const __m256i w[] = {load(high + at), load(high + at + 32)};
@@ -251,8 +337,6 @@ struct Words {
               _mm256_srai_epi16(_mm256_and_si256(high, _mm256_set1_epi16(-256)), 4),
               _mm256_srai_epi16(low, 8))) {}
 };
-
-constexpr int kQuads = kGroup / 4;
 
 // The sums of T tokens and a part.
 template <int T>
@@ -426,7 +510,7 @@ struct PageSums {
         if constexpr (Positive)
             sum0 = sum1 = _mm256_setzero_si256();
         else
-            sum0 = sum1 = For<Dot, N>::start(*sums);
+            sum0 = sum1 = _mm256_set1_epi32(For<Dot, N>::start(*sums));
         rest.start(sums + 1);
     }
     PLIANT_INLINE void add(__m256i w0, __m256i w1, const int8_t* at) {

@@ -66,6 +66,31 @@ PLIANT_INLINE void nibbles(const __m256i* v, __m256i* out) {
     }
 }
 
+// The same of one to three plies, as they are looked up: the last ply in bits 0 and 4, and zeros
+// above the first.
+template <int Count>
+PLIANT_INLINE void indices(const __m256i* v, __m256i* out) {
+    const __m256i odd_bits = bytes(0xAA), pair_bits = bytes(0xCC);
+    if constexpr (Count == 1) {
+        repeat<4>([&]<int j>()
+                      PLIANT_LAMBDA { out[j] = _mm256_and_si256(left<-j>(v[0]), bytes(0x11)); });
+    } else if constexpr (Count == 2) {
+        __m256i odd;
+        const __m256i even = exchange<1>(odd_bits, v[0], v[1], odd);
+        out[0] = _mm256_and_si256(even, bytes(0x33));
+        out[1] = _mm256_and_si256(odd, bytes(0x33));
+        out[2] = left<-2>(_mm256_xor_si256(even, out[0]));
+        out[3] = left<-2>(_mm256_xor_si256(odd, out[1]));
+    } else {
+        const __m256i higher = _mm256_and_si256(v[0], odd_bits);
+        const __m256i even = _mm256_xor_si256(v[0], higher), odd = left<-1>(higher);
+        __m256i odd2;
+        const __m256i even2 = exchange<1>(odd_bits, v[1], v[2], odd2);
+        out[0] = exchange<2>(pair_bits, even, even2, out[2]);
+        out[1] = exchange<2>(pair_bits, odd, odd2, out[3]);
+    }
+}
+
 // From this depth on the sign, ply 1, is looked at apart: negative levels are the positive ones,
 // mirrored, so that half of a table is enough.
 constexpr int kMirrored = kWideDepth;
@@ -74,7 +99,7 @@ constexpr int kMirrored = kWideDepth;
 // looks up, the first ones, or those after the sign; and the others, the sign first.
 template <int N>
 struct Bits {
-    __m256i low[4], high[N <= 4 ? 1 : 4];
+    __m256i low[4], high[N <= 5 ? 1 : 4];
 
     PLIANT_INLINE Bits(const uint8_t* const* planes, size_t at) {
         __m256i v[N];
@@ -84,10 +109,16 @@ struct Bits {
         } else {
             for (int i = 0; i < N; ++i) v[i] = load(planes[i] + at);
         }
-        nibbles<(N < 4 ? N : 4)>(v, low);
-        if constexpr (N > 4) nibbles<N - 4>(v + 4, high);
+        if constexpr (N < 4)
+            indices<N>(v, low);
+        else
+            nibbles<4>(v, low);
+        if constexpr (N == 5)
+            high[0] = v[4];
+        else if constexpr (N > 5)
+            nibbles<N - 4>(v + 4, high);
     }
-    // Four plies in the low nibbles, garbage above.
+    // Four plies, or fewer, in the low nibbles; garbage above, but no bit 7 with fewer than four.
     template <int j>
     PLIANT_INLINE __m256i lower() const {
         return left<(j < 4 ? 0 : -4)>(low[j % 4]);
@@ -95,10 +126,12 @@ struct Bits {
     // The others, the first of them on top; garbage below them.
     template <int j>
     PLIANT_INLINE __m256i upper() const {
-        if constexpr (N > 4)
-            return left<(j < 4 ? 4 : 0)>(high[j % 4]);
-        else
+        if constexpr (N < 5)
             return bytes(0);
+        else if constexpr (N == 5)
+            return left<7 - j>(high[0]);
+        else
+            return left<(j < 4 ? 4 : 0)>(high[j % 4]);
     }
 };
 
@@ -115,7 +148,11 @@ struct Table {
         const auto row = [&](int k) PLIANT_LAMBDA {
             return _mm_load_si128(reinterpret_cast<const __m128i*>(levels) + k);
         };
-        if constexpr (N < kMirrored) {
+        if constexpr (N < 4) {
+            const __m128i at = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            const __m128i levels = _mm_shuffle_epi8(row(0), _mm_slli_epi16(at, 4 - N));
+            part[0] = _mm256_add_epi8(flip, _mm256_broadcastsi128_si256(levels));
+        } else if constexpr (N < kMirrored) {
             for (int k = 0; k < 1 << kBits; ++k)
                 part[k] = _mm256_add_epi8(flip, _mm256_broadcastsi128_si256(row(k)));
         } else {
@@ -132,7 +169,9 @@ struct Table {
     PLIANT_INLINE __m256i look_up(const Bits<N>& bits) const {
         const __m256i lower = bits.template lower<j>(), upper = bits.template upper<j>();
         const __m256i four = bytes(0x0F);
-        if constexpr (N < 5) {
+        if constexpr (N < 4) {
+            return _mm256_shuffle_epi8(part[0], lower);
+        } else if constexpr (N == 4) {
             return _mm256_shuffle_epi8(part[0], _mm256_and_si256(lower, four));
         } else if constexpr (N == 5) {
             const __m256i at = _mm256_and_si256(lower, four);
@@ -237,9 +276,17 @@ PLIANT_INLINE __m256 both_parts(__m256i top, __m256i middle) {
 // Levels of at most 63, with 64 added: unsigned, and two products of them fit into 16 bits.
 struct Small {
     static constexpr int kFlip = 64;
-    static PLIANT_INLINE __m256i start(int32_t sum) { return _mm256_set1_epi32(-kFlip * sum); }
+    static PLIANT_INLINE int32_t start(int32_t sum) { return -kFlip * sum; }
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
         add32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+    }
+    // An input that is used often: the four columns of a vector of levels, once for each row.
+    struct Spread {
+        __m256i x;
+        PLIANT_INLINE void set(__m256i input) { store(&x, input); }
+    };
+    static PLIANT_INLINE void add(__m256i& sum, __m256i w, const Spread& input) {
+        add(sum, w, load(&input.x));
     }
 };
 
@@ -249,10 +296,19 @@ struct Signed {
     static constexpr int kFlip = 0;
     static constexpr int kTokens = 4;     // whose sums of 16 rows fit into registers
     static constexpr bool kWords = true;  // products of 16 bits are cheaper than three of 8
-    static PLIANT_INLINE __m256i start(int32_t) { return _mm256_setzero_si256(); }
+    static PLIANT_INLINE int32_t start(int32_t) { return 0; }
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
-        add32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        add(sum, w, x, _mm256_abs_epi8(x));
+    }
+    struct Spread {
+        __m256i x, absolute;
+        PLIANT_INLINE void set(__m256i input) {
+            store(&x, input);
+            store(&absolute, _mm256_abs_epi8(input));
+        }
+    };
+    static PLIANT_INLINE void add(__m256i& sum, __m256i w, const Spread& input) {
+        add(sum, w, load(&input.x), load(&input.absolute));
     }
     // Of an input that is not negative with signed levels.
     static PLIANT_INLINE void add_positive(__m256i& sum, __m256i w, __m256i x) {
@@ -274,6 +330,12 @@ struct Signed {
             return _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(1.0f / kSixteen));
         }
     };
+
+  private:
+    static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x, __m256i absolute) {
+        const __m256i pairs = _mm256_maddubs_epi16(absolute, _mm256_sign_epi8(w, x));
+        add32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
 };
 
 // Levels are unsigned, level + 128; the 128 is taken out again through the sum of the inputs.
@@ -282,10 +344,14 @@ struct Unsigned {
     static constexpr int kFlip = 0x80;
     static constexpr int kTokens = 6;
     static constexpr bool kWords = false;
-    static PLIANT_INLINE __m256i start(int32_t sum) { return _mm256_set1_epi32(-128 * sum); }
+    static PLIANT_INLINE int32_t start(int32_t sum) { return -128 * sum; }
     // Of AVX-VNNI. In assembly, as in coded_avx512.cpp; and so only the assembler has to know it.
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
         asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+    }
+    using Spread = Small::Spread;
+    static PLIANT_INLINE void add(__m256i& sum, __m256i w, const Spread& input) {
+        asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "m"(input.x));
     }
     static PLIANT_INLINE void add_positive(__m256i& sum, __m256i w, __m256i x) { add(sum, x, w); }
     struct DeepSum {

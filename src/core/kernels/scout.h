@@ -33,15 +33,21 @@ class Scout {
 
     // The product goes on by so many pieces, each the 256 bytes of a ply of a supertile.
     PLIANT_INLINE void go(int pieces) {
-        for (due_ += pieces; due_ > 0 && run_ != end_; due_ -= depth_) {
-            fetch_supertile();
-            if (++supertile_ == last_) leave();
-        }
+        due_ += pieces;
+        if (due_ > 0) advance();
     }
 
   private:
     static constexpr int kAhead = 28;  // pieces: 7 KB, of a first cache of 32 or 48
 
+    // Not inlined: every depth has a product of its own, and all of them have to fit into the cache
+    // of instructions.
+    [[gnu::noinline]] void advance() {
+        for (; due_ > 0 && run_ != end_; due_ -= depth_) {
+            fetch_supertile();
+            if (++supertile_ == last_) leave();
+        }
+    }
     PLIANT_INLINE void fetch_supertile() const {
         const size_t at = static_cast<size_t>(supertile_) * 256;
         const auto fetch = [&](int ply) PLIANT_LAMBDA {
