@@ -168,8 +168,9 @@ struct FewShallow {
             starts[t] = Kind::start(x.sum_hi[at]);
         }
     }
-    // Bits are collected before those of the part before are used: a processor looks ahead as far
-    // as its schedulers have room, and must not wait for what it finds there.
+    // Parts in the order of place(). Bits are collected before those of the part before are used: a
+    // processor looks ahead as far as its schedulers have room, and must not wait for what it finds
+    // there.
     PLIANT_INLINE void add(const Strip& strip, const uint8_t* const* planes, const uint8_t* codes,
                            __m256 low, __m256 high, const float* factors, float* sums) const {
         const size_t end = static_cast<size_t>(strip.last - strip.first) * 256;

@@ -143,15 +143,15 @@ struct Table {
     __m256i flip;
 
     // `levels`: hi or rounded of LevelTables. Their rows are looked up by plies 1-4, and chosen by
-    // the others.
+    // the others; with fewer than four plies every 2nd, 4th or 8th level is another one.
     PLIANT_INLINE Table(const int8_t* levels, int flipped) : flip(bytes(flipped)) {
         const auto row = [&](int k) PLIANT_LAMBDA {
             return _mm_load_si128(reinterpret_cast<const __m128i*>(levels) + k);
         };
         if constexpr (N < 4) {
             const __m128i at = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            const __m128i levels = _mm_shuffle_epi8(row(0), _mm_slli_epi16(at, 4 - N));
-            part[0] = _mm256_add_epi8(flip, _mm256_broadcastsi128_si256(levels));
+            const __m128i every = _mm_shuffle_epi8(row(0), _mm_slli_epi16(at, 4 - N));
+            part[0] = _mm256_add_epi8(flip, _mm256_broadcastsi128_si256(every));
         } else if constexpr (N < kMirrored) {
             for (int k = 0; k < 1 << kBits; ++k)
                 part[k] = _mm256_add_epi8(flip, _mm256_broadcastsi128_si256(row(k)));
