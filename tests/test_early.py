@@ -120,11 +120,12 @@ class SlowEnd(FakeExecutor):
 
     def __init__(self) -> None:
         super().__init__(100)
-        self.may = threading.Event()
+        self.there, self.may = threading.Event(), threading.Event()
 
     def publish(self, rungs: int) -> None:
         super().publish(rungs)
         if rungs > FLOOR:
+            self.there.set()
             assert self.may.wait(20)
 
 
@@ -133,6 +134,7 @@ def test_closing_when_the_rest_has_just_come_is_no_failure() -> None:
     model = fake_model(executor=executor, early=True, log=lines.append, min_bits=FLOOR)
     change = model.change
     assert change is not None
+    assert executor.there.wait(20)
     closing = threading.Thread(target=model.close)
     closing.start()
     while not model._turns._waiting:  # close takes the next turn, before the growth can settle
