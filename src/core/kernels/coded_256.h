@@ -215,22 +215,20 @@ struct FewDeep {
     }
     PLIANT_INLINE void add(const Strip& strip, const uint8_t* const* planes, const uint8_t* codes,
                            __m256 low, __m256 high, const float* factors, float* sums) const {
-        size_t supertile = 0;
-        for (int s = strip.first; s < strip.last; ++s, supertile += 256) {
+        const size_t end = static_cast<size_t>(strip.last - strip.first) * 256;
+        for (size_t at = 0; at < end; at += 256, codes += 16, sums += T * kSupertile) {
             strip.scout.go(N);
             for (int part = 0; part < 4; ++part) {
                 DeepSums<Dot, T> sum;
                 for (int h = 0; h < 2; ++h) {
-                    const Bits<N> bits(planes, supertile + place(part, h));
+                    const Bits<N> bits(planes, at + place(part, h));
                     repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                        const int at = 32 * h + 4 * j;
-                        sum.add(table.template look_up<j>(bits), xh + at, xl + at);
+                        const int column = 32 * h + 4 * j;
+                        sum.add(table.template look_up<j>(bits), xh + column, xl + column);
                     });
                 }
                 sum.finish(factors, row_steps(codes, part, low, high), sums + kPart * part);
             }
-            codes += 16;
-            sums += T * kSupertile;
         }
     }
 };

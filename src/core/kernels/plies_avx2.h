@@ -40,17 +40,15 @@ PLIANT_INLINE __m256i exchange(__m256i mask, __m256i a, __m256i b, __m256i& rest
     return _mm256_xor_si256(b, change);
 }
 
-// Brings the bits of one to four plies together: the low nibbles of out[j] are from bit j of the
-// bytes, the high ones from bit j + 4, ply 1 on top; bits of plies that are not there are garbage.
+// Brings the bits of two to four plies together: the low nibbles of out[j] are from bit j of the
+// bytes, the high ones from bit j + 4, the first ply on top; bits of plies that are not there are
+// garbage.
 template <int Count>
 PLIANT_INLINE void nibbles(const __m256i* v, __m256i* out) {
     const __m256i odd_bits = bytes(0xAA), pair_bits = bytes(0xCC);
-    __m256i even, odd = v[0];
-    if constexpr (Count == 1)
-        even = left<1>(v[0]);
-    else
-        even = exchange<1>(odd_bits, v[0], v[1], odd);
-    if constexpr (Count <= 2) {
+    __m256i odd;
+    const __m256i even = exchange<1>(odd_bits, v[0], v[1], odd);
+    if constexpr (Count == 2) {
         out[0] = left<2>(even);
         out[2] = even;
         out[1] = left<2>(odd);
@@ -61,31 +59,6 @@ PLIANT_INLINE void nibbles(const __m256i* v, __m256i* out) {
             even2 = left<1>(v[2]);
         else
             even2 = exchange<1>(odd_bits, v[2], v[3], odd2);
-        out[0] = exchange<2>(pair_bits, even, even2, out[2]);
-        out[1] = exchange<2>(pair_bits, odd, odd2, out[3]);
-    }
-}
-
-// The same of one to three plies, as they are looked up: the last ply in bits 0 and 4, and zeros
-// above the first.
-template <int Count>
-PLIANT_INLINE void indices(const __m256i* v, __m256i* out) {
-    const __m256i odd_bits = bytes(0xAA), pair_bits = bytes(0xCC);
-    if constexpr (Count == 1) {
-        repeat<4>([&]<int j>()
-                      PLIANT_LAMBDA { out[j] = _mm256_and_si256(left<-j>(v[0]), bytes(0x11)); });
-    } else if constexpr (Count == 2) {
-        __m256i odd;
-        const __m256i even = exchange<1>(odd_bits, v[0], v[1], odd);
-        out[0] = _mm256_and_si256(even, bytes(0x33));
-        out[1] = _mm256_and_si256(odd, bytes(0x33));
-        out[2] = left<-2>(_mm256_xor_si256(even, out[0]));
-        out[3] = left<-2>(_mm256_xor_si256(odd, out[1]));
-    } else {
-        const __m256i higher = _mm256_and_si256(v[0], odd_bits);
-        const __m256i even = _mm256_xor_si256(v[0], higher), odd = left<-1>(higher);
-        __m256i odd2;
-        const __m256i even2 = exchange<1>(odd_bits, v[1], v[2], odd2);
         out[0] = exchange<2>(pair_bits, even, even2, out[2]);
         out[1] = exchange<2>(pair_bits, odd, odd2, out[3]);
     }
@@ -102,17 +75,16 @@ struct Bits {
     __m256i low[4], high[N <= 5 ? 1 : 4];
 
     PLIANT_INLINE Bits(const uint8_t* const* planes, size_t at) {
-        __m256i v[N];
+        constexpr int kNone = N < 4 ? 4 - N : 0;  // zeros above the first ply: no mask is needed
+        __m256i v[kNone + N];
+        for (int i = 0; i < kNone; ++i) v[i] = bytes(0);
         if constexpr (N >= kMirrored) {
             for (int i = 1; i < N; ++i) v[i < 5 ? i - 1 : i] = load(planes[i] + at);
             v[4] = load(planes[0] + at);
         } else {
-            for (int i = 0; i < N; ++i) v[i] = load(planes[i] + at);
+            for (int i = 0; i < N; ++i) v[kNone + i] = load(planes[i] + at);
         }
-        if constexpr (N < 4)
-            indices<N>(v, low);
-        else
-            nibbles<4>(v, low);
+        nibbles<4>(v, low);
         if constexpr (N == 5)
             high[0] = v[4];
         else if constexpr (N > 5)
