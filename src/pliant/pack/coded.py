@@ -163,8 +163,12 @@ class CodedModel:
             return os.pread(self._file.fileno(), first, record)
         return os.pread(self._file.fileno(), plane, record + first + (bit - 2) * plane)
 
+    @torch.no_grad()
     def decode(self, matrix: CodedMatrix, depths: NDArray[np.int64], out: torch.Tensor) -> None:
-        """Put the weights at `depths` [blocks, groups] into `out` [rows, columns], source order."""
+        """Put the weights at `depths` [blocks, groups] into `out` [rows, columns], source order.
+
+        Threads may decode matrices side by side.
+        """
         self._file.flush()
         channels = torch.from_numpy(self.orders[matrix.input])
         inverse = torch.empty_like(channels)
@@ -181,7 +185,7 @@ class CodedModel:
                 matrix.group_scale[block],
                 depths[block].tolist(),
             )
-            ordered = torch.from_numpy(values)[:, inverse]
+            ordered = torch.from_numpy(values).index_select(1, inverse)
             if matrix.row_order is None:
                 out[start : start + rows] = ordered
             else:

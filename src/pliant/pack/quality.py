@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pliant.pack.coded import CodedModel
 
 __all__ = ["measure_quality"]
 
+_DECODERS = 2  # each has the work of one row block
 _BITS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)  # of 8: shares of all plies
 
 
@@ -31,7 +33,7 @@ def measure_quality(
     """Mean KL divergence (nats) over `windows` with decoded weights in the place of the source's.
 
     Returns pairs (bytes of plies and scales, KL), bytes rising and KL falling. The weights of
-    `model` are overwritten. Memory: a copy of the head, and the work of decoding one row block.
+    `model` are overwritten. Memory: a copy of the head, and the work of decoding two row blocks.
     """
     embedding = model.get_input_embeddings()
     output = model.get_output_embeddings()
@@ -50,9 +52,13 @@ def measure_quality(
     points: list[tuple[int, float]] = []
     for done, plies in enumerate(places):
         depths = ladders.depths_at(ladder, coded.units, plies)
-        for m in coded.matrices:
-            part = depths[m.first_unit : m.first_unit + m.units].reshape(len(m.blocks), -1)
-            coded.decode(m, part, weights[m.name])
+        parts = [
+            depths[m.first_unit : m.first_unit + m.units].reshape(len(m.blocks), -1)
+            for m in coded.matrices
+        ]
+        outs = [weights[m.name] for m in coded.matrices]
+        with ThreadPoolExecutor(_DECODERS) as pool:  # NumPy uses one processor for most of it
+            list(pool.map(coded.decode, coded.matrices, parts, outs))
         loss = 0.0
         for one, final in zip(ids, reference, strict=True):
             hidden = model.model(one[None], use_cache=False)[0][0]
