@@ -33,7 +33,7 @@ void ThreadPool::run(const std::function<void(int)>& job) {
 
 void ThreadPool::work(int index) {
     for (uint32_t seen = 0;;) {
-        seen = detail::wait_while(epoch_, seen);
+        seen = detail::wait_while(epoch_, seen, detail::kPause);
         if (stop_.load()) return;
         if (inside_.fetch_add(1, std::memory_order_acq_rel) & kOpen) (*job_)(index);
         if (inside_.fetch_sub(1, std::memory_order_acq_rel) == 1) inside_.notify_all();

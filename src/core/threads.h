@@ -12,9 +12,11 @@ namespace pliant {
 
 namespace detail {
 
-// Longer than a task usually takes, and than the pause between two steps. A thread that sleeps is
-// back some 50 microseconds after it was woken.
+// Longer than a task usually takes. A thread that sleeps is back some 50 microseconds after it was
+// woken, and to wake it takes nearly as long.
 constexpr auto kSpin = std::chrono::microseconds(100);
+// Longer than the pause between two steps: all that Python does there has to come from memory.
+constexpr auto kPause = std::chrono::microseconds(1000);
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -24,9 +26,9 @@ inline void relax() {
 
 // Waits until `value` is no longer `old`: spins for a while, then sleeps in the kernel.
 template <typename T>
-T wait_while(std::atomic<T>& value, T old) {
+T wait_while(std::atomic<T>& value, T old, std::chrono::microseconds spin = kSpin) {
     using Clock = std::chrono::steady_clock;
-    for (const auto end = Clock::now() + kSpin; Clock::now() < end;)
+    for (const auto end = Clock::now() + spin; Clock::now() < end;)
         for (int i = 0; i < 64; ++i) {
             const T now = value.load(std::memory_order_acquire);
             if (now != old) return now;

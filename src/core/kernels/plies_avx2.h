@@ -69,7 +69,9 @@ PLIANT_INLINE void nibbles(const __m256i* v, __m256i* out) {
 constexpr int kMirrored = kWideDepth;
 
 // The collected bits of 8 rows × 32 columns; j has columns 4 j … 4 j + 3. Four plies that a shuffle
-// looks up, the first ones, or those after the sign; and the others, the sign first.
+// looks up, the first ones, or those after the sign; and the others. With a sign all of them are as
+// for a positive level, and the others are upside down, 1 where a ply is not set, followed by 1
+// where the level is negative.
 template <int N>
 struct Bits {
     __m256i low[4], high[N <= 5 ? 1 : 4];
@@ -79,8 +81,11 @@ struct Bits {
         __m256i v[kNone + N];
         for (int i = 0; i < kNone; ++i) v[i] = bytes(0);
         if constexpr (N >= kMirrored) {
-            for (int i = 1; i < N; ++i) v[i < 5 ? i - 1 : i] = load(planes[i] + at);
-            v[4] = load(planes[0] + at);
+            const __m256i positive = load(planes[0] + at);
+            const __m256i negative = _mm256_xor_si256(positive, bytes(-1));
+            for (int i = 1; i < N; ++i)
+                v[i - 1] = _mm256_xor_si256(load(planes[i] + at), i < 5 ? negative : positive);
+            v[N - 1] = negative;
         } else {
             for (int i = 0; i < N; ++i) v[kNone + i] = load(planes[i] + at);
         }
@@ -150,22 +155,21 @@ struct Table {
             return _mm256_blendv_epi8(_mm256_shuffle_epi8(part[0], at),
                                       _mm256_shuffle_epi8(part[1], at), upper);
         } else {
-            const __m256i negative = _mm256_cmpgt_epi8(upper, bytes(-1));  // where the sign is 0
-            const __m256i rest = _mm256_xor_si256(upper, negative);
             // A part says what changes where all its bits are set: a polynomial of them. Where one
             // is not, the index has bit 7, for which a shuffle gives zero. Blends are slow on
             // Intel.
             __m256i at[1 << kBits];
-            at[0] = _mm256_and_si256(_mm256_xor_si256(lower, negative), four);
+            at[0] = _mm256_and_si256(lower, four);
             __m256i level = _mm256_shuffle_epi8(part[0], at[0]);
             repeat<kBits>([&]<int b>() PLIANT_LAMBDA {
-                const __m256i unset = _mm256_andnot_si256(left<kBits - b>(rest), bytes(0x80));
+                const __m256i unset = _mm256_and_si256(left<kBits - 1 - b>(upper), bytes(0x80));
                 repeat<1 << b>([&]<int i>() PLIANT_LAMBDA {
                     constexpr int k = (1 << b) + i;
                     at[k] = _mm256_or_si256(at[i], unset);
                     level = _mm256_xor_si256(level, _mm256_shuffle_epi8(part[k], at[k]));
                 });
             });
+            const __m256i negative = _mm256_cmpgt_epi8(bytes(0), left<kBits>(upper));
             return _mm256_add_epi8(_mm256_xor_si256(level, negative),
                                    _mm256_sub_epi8(flip, negative));
         }
@@ -191,24 +195,23 @@ struct DeepTable {
             lo[i] = all(levels.lo[i]);
         }
         eight = all(levels.eight);
-        last_hi = all(levels.last_hi);
+        // By plies 6-8 upside down, and the sign.
+        const __m128i turned =
+            _mm_setr_epi8(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8);
+        last_hi = _mm256_shuffle_epi8(all(levels.last_hi), _mm256_broadcastsi128_si256(turned));
     }
     template <int j>
     PLIANT_INLINE Deep look_up(const Bits<N>& bits) const {
-        const __m256i lower = bits.template lower<j>(), upper = bits.template upper<j>();
-        const __m256i four = bytes(0x0F);
-        const __m256i negative = _mm256_cmpgt_epi8(upper, bytes(-1));  // where the sign is 0
-        const __m256i rest = _mm256_xor_si256(upper, negative);
-        const __m256i at = _mm256_and_si256(_mm256_xor_si256(lower, negative), four);
-        Deep w{_mm256_shuffle_epi8(hi[0], at), _mm256_shuffle_epi8(lo[0], at),
-               _mm256_or_si256(negative, bytes(1))};
+        const __m256i at = _mm256_and_si256(bits.template lower<j>(), bytes(0x0F));
+        const __m256i upper = _mm256_and_si256(bits.template upper<j>(), bytes(-0x10));
+        Deep w{_mm256_shuffle_epi8(hi[0], at), _mm256_shuffle_epi8(lo[0], at), {}};
         const auto add = [](__m256i& sum, __m256i table, __m256i index) PLIANT_LAMBDA {
             sum = _mm256_add_epi8(sum, _mm256_shuffle_epi8(table, index));
         };
         // Bit 7 where the next ply is not set: for such an index a shuffle gives zero.
-        __m256i unset = _mm256_andnot_si256(rest, bytes(0x70));
+        __m256i unset = upper;
         const auto next = [&]() PLIANT_LAMBDA { return unset = _mm256_add_epi8(unset, unset); };
-        const __m256i six = _mm256_or_si256(at, next());
+        const __m256i six = _mm256_or_si256(at, upper);
         add(w.hi, hi[1], six);
         add(w.lo, lo[1], six);
         if constexpr (N > 6) {
@@ -221,11 +224,11 @@ struct DeepTable {
                 add(w.lo, lo[3], both);
             } else {
                 add(w.lo, eight, _mm256_or_si256(at, next()));
-                const __m256i other = _mm256_cmpgt_epi8(four, at);
-                const __m256i plies = _mm256_and_si256(left<-4>(rest), four);
-                add(w.hi, last_hi, _mm256_or_si256(plies, other));
+                const __m256i other = _mm256_cmpgt_epi8(bytes(0x0F), at);
+                add(w.hi, last_hi, _mm256_or_si256(left<-4>(upper), other));
             }
         }
+        w.sign = _mm256_or_si256(next(), bytes(1));
         return w;
     }
 };

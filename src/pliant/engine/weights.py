@@ -16,7 +16,7 @@ _BATCH = 64  # rungs that are asked for together
 
 _READS = 4  # in flight while steps go on: the disk is busy while a reader waits for a processor
 
-SHARE = 0.16
+SHARE = 1 / 7
 """The part of the processors of the steps that a growth computes on beside them."""
 
 
