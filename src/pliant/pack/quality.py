@@ -49,6 +49,7 @@ def measure_quality(
     prefix = ladders.prefix_bytes(ladder, sizes)
     wanted = [int(prefix[-1]) * bits / 8 for bits in _BITS]
     places = sorted({int(np.searchsorted(prefix, w, side="right")) - 1 for w in wanted})
+    outs = [weights[m.name] for m in coded.matrices]
     points: list[tuple[int, float]] = []
     for done, plies in enumerate(places):
         depths = ladders.depths_at(ladder, coded.units, plies)
@@ -56,7 +57,6 @@ def measure_quality(
             depths[m.first_unit : m.first_unit + m.units].reshape(len(m.blocks), -1)
             for m in coded.matrices
         ]
-        outs = [weights[m.name] for m in coded.matrices]
         with ThreadPoolExecutor(_DECODERS) as pool:  # NumPy uses one processor for most of it
             list(pool.map(coded.decode, coded.matrices, parts, outs))
         loss = 0.0
