@@ -13,12 +13,10 @@ large    makes a random pack of a billion parameters in DIRECTORY if it is not t
          its weights, and grows back, while one sequence generates. Beside the rate of growth stand
          those of plain reads past the cache of the kernel, of one thread with nothing else going
          on: into memory that it has, which is the rate of the disk, and of the same bytes into new
-         memory, which is what a growth does. Just before each growth, and the
-         best of each counts: touching memory that a virtual machine has given back to its host
-         costs many times what it costs otherwise. Within reach is the least of the disk and of what
-         such a thread reads into new memory in the time of the processors that decoding may lose:
-         0.3 of each, and one at most. A growth is to reach 0.7 of that, and decoding to keep 0.7 of
-         its speed.
+         memory, which is what a growth does. Just before each growth: touching memory that a
+         virtual machine has given back to its host costs many times what it costs otherwise.
+         Within reach is the least of the disk and of what such a thread reads into new memory in
+         the time of the processors that decoding may lose: 0.3 of each, and one at most.
 floor    what the disk, the kernel and the processors need for the same.
 pressure another process takes memory in bursts, with memory="auto"; on the real machine, so what
          other programs take counts too.
