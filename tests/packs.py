@@ -250,9 +250,12 @@ def random_ladder(
 
 
 def random_plies(
-    manifest: Mapping[str, Any], seed: int = 0
+    manifest: Mapping[str, Any], seed: int = 0, plane_byte: int | None = None
 ) -> Callable[[int, int], npt.NDArray[np.uint8]]:
-    """The bytes of any ply: random planes and scale codes, zeros where zeros must be."""
+    """The bytes of any ply: random planes and scale codes, zeros where zeros must be.
+
+    All bytes of all planes are `plane_byte`, if that is given.
+    """
     rows = [
         -(-count // 32) * 32
         for matrix in manifest["matrices"]
@@ -264,6 +267,8 @@ def random_plies(
     def ply_bytes(unit: int, bit: int) -> npt.NDArray[np.uint8]:
         rng = np.random.default_rng([seed, 3, unit, bit])
         plane: npt.NDArray[np.uint8] = rng.integers(0, 256, rows[unit] * 8, dtype=np.uint8)
+        if plane_byte is not None:
+            plane[:] = plane_byte
         if bit > 1:
             return plane
         codes = rng.integers(0, 256, rows[unit] // 2, dtype=np.uint8)
@@ -283,6 +288,7 @@ def write_random_pack(
     biases: bool = False,
     row_orders: bool = True,
     tree: Floats | None = None,
+    plane_byte: int | None = None,
     rung_bytes: int | None = 8192,
     shard_bytes: int | None = None,
     extra_files: Mapping[str, bytes | Path] | None = None,
@@ -292,8 +298,8 @@ def write_random_pack(
     """Write a pack with random weights and return its path.
 
     `manifest` goes to random_manifest; `least` and `most` are the plies of a unit; `tree` is used
-    instead of gaussian_tree(); `extra_files` replaces the content of the files beside it, of
-    which `tokenizer.bin` is a placeholder.
+    instead of gaussian_tree(), `plane_byte` instead of random bits; `extra_files` replaces the
+    content of the files beside it, of which `tokenizer.bin` is a placeholder.
     """
     described = random_manifest(**manifest)
     base = random_base(
@@ -307,7 +313,7 @@ def write_random_pack(
         manifest=described,
         base=base,
         ladder=random_ladder(described, seed, least=least, most=most),
-        ply_bytes=random_plies(described, seed),
+        ply_bytes=random_plies(described, seed, plane_byte),
         extra_files={"tokenizer.bin": b"placeholder", **(extra_files or {})},
         rung_bytes=rung_bytes,
         shard_bytes=shard_bytes,

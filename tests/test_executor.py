@@ -119,7 +119,7 @@ def relative(a: Logits, b: npt.NDArray[Any]) -> float:
 
 
 def coded_inputs(pack: Pack, rungs: int) -> Callable[[Floats, str], Floats]:
-    """Inputs as the executor codes them: 12 bits where a group has 6 plies or more, 8 below."""
+    """Inputs as the executor codes them: 12 bits where a group has 6 plies or more, 7 below."""
     depths = pack.layout.depths(rungs)
     hadamard = np.ones((1, 1))
     for _ in range(6):
@@ -137,7 +137,7 @@ def coded_inputs(pack: Pack, rungs: int) -> Callable[[Floats, str], Floats]:
         q = np.rint(rotated / np.where(peak > 0, peak, 1) * 2032)
         first = pack.units.number(name, 0, 0)
         shallow = depths[first : first + m.groups, None] < 6
-        q = np.where(shallow, np.floor((q + 8) / 16) * 16, q)
+        q = np.where(shallow, np.floor((q + 16) / 32) * 32, q)
         back = (q / 2032 * peak) @ hadamard
         out = np.empty_like(x)
         out[:, order] = back.reshape(len(x), -1)[:, : m.columns]
@@ -205,6 +205,28 @@ def test_every_instruction_set_gives_the_same_bits(pack: Pack) -> None:
     want = run(build(pack, isa="plain", threads=1), ids, [1, 36])
     for isa in _core.cpu_isa():
         assert np.array_equal(run(build(pack, isa=isa), ids, [1, 36]), want), isa
+
+
+@pytest.mark.parametrize("depth", range(1, 9))
+@pytest.mark.parametrize("plane_byte", [0x00, 0xFF])
+def test_the_largest_sums_fit(tmp_path: Path, depth: int, plane_byte: int) -> None:
+    """The outermost level everywhere, and inputs that are all as large as one can be."""
+    where = tmp_path / "pack"
+    pack = Pack.open(
+        write_random_pack(
+            where, least=depth, most=depth, plane_byte=plane_byte, coding={"embed": "f32"}
+        )
+    )
+    embed = np.zeros_like(pack.base["embed.weight"])
+    # The transform makes the first channel of a group the same value in all of them.
+    embed[:, pack.base["order.layers.0.attn"][0]] = np.resize([3.0, -3.0, 0.01], len(embed))
+    pack.base["embed.weight"] = embed
+    ids = [0, 1, 2, *some_ids(160, 30)]
+    want = run(build(pack, isa="plain"), ids)
+    assert np.ptp(want) > 0
+    for isa in _core.cpu_isa():
+        for cuts in ([1, 1, 1, 30], [33]):
+            assert np.array_equal(run(build(pack, isa=isa), ids, cuts), want), isa
 
 
 @pytest.mark.parametrize("rows", [717, 704])

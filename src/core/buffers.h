@@ -64,26 +64,31 @@ struct InputBuffer {
         : capacity(tokens),
           x(floats),
           stride((static_cast<size_t>(width) + 63) / 64 * 64),
-          hi(static_cast<size_t>(tokens) * stride),
-          lo(static_cast<size_t>(tokens) * stride),
-          scale(static_cast<size_t>(tokens) * stride / kGroup),
-          sum_hi(static_cast<size_t>(tokens) * stride / kGroup),
-          sum_lo(static_cast<size_t>(tokens) * stride / kGroup) {}
+          values(static_cast<size_t>(tokens) * stride),
+          narrow(values),
+          hi(values),
+          lo(values),
+          scale(values / kGroup),
+          sum_narrow(values / kGroup),
+          sum_hi(values / kGroup),
+          sum_lo(values / kGroup) {}
 
     float* row(int token) const { return x.row(token); }
     Prepared prepared(int groups) const {
-        return {groups, capacity, hi.data(), lo.data(), scale.data(), sum_hi.data(), sum_lo.data()};
+        return {groups,       capacity,          narrow.data(), hi.data(),    lo.data(),
+                scale.data(), sum_narrow.data(), sum_hi.data(), sum_lo.data()};
     }
     size_t bytes() const {
-        return hi.bytes() + lo.bytes() + scale.bytes() + sum_hi.bytes() + sum_lo.bytes();
+        return narrow.bytes() + hi.bytes() + lo.bytes() + scale.bytes() + sum_narrow.bytes() +
+               sum_hi.bytes() + sum_lo.bytes();
     }
 
     int capacity;
     Rows x;
-    size_t stride;
-    Aligned<int8_t> hi, lo;
+    size_t stride, values;
+    Aligned<int8_t> narrow, hi, lo;
     Aligned<float> scale;
-    Aligned<int32_t> sum_hi, sum_lo;
+    Aligned<int32_t> sum_narrow, sum_hi, sum_lo;
 };
 
 // Queries of one task, as they are and for coded pages. `head`: room for a head, in whole groups.

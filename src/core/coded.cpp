@@ -135,6 +135,7 @@ void LevelTables::build(const float* levels, const float* scale_steps) {
         float peak = 0.0f;
         for (int i = 0; i < count; ++i) peak = std::fmax(peak, std::fabs(level[i]));
         scale[depth] = peak / static_cast<float>(kPeak[depth]);
+        unit[depth] = scale[depth] * (depth < kWideDepth ? kNarrowUnit : 1);
         if (depth >= kWideDepth) deep[depth].build(level + count / 2, depth);
         for (int byte = 0; byte < 256; ++byte) {
             const int number = level_number(depth, byte);

@@ -12,8 +12,9 @@ namespace pliant {
 constexpr int kGroup = 64;      // input channels of a group
 constexpr int kSupertile = 32;  // rows that are decoded together: two tiles of 16
 constexpr int kMaxDepth = 8;
-constexpr int kWideDepth = 6;  // from this depth on, levels and activations have 12 bits, not 8
-constexpr int kSixteen = 16;   // parts of a step of 8 bits, which the other 4 bits count
+constexpr int kWideDepth = 6;   // from this depth on, levels and inputs are wide: 12 bits
+constexpr int kSixteen = 16;    // parts of a step of 8 bits, which the other 4 bits count
+constexpr int kNarrowUnit = 2;  // a step of a narrow input, in steps of 8 bits
 
 // The positive levels of a depth from kWideDepth on, hi + lo / 16, as sums of what plies add;
 // negative ones mirror them. Those of depths 6 and 7 are exact, those of depth 8 near to what is
@@ -36,8 +37,8 @@ struct DeepLevels {
 // So that lo · 127 twice, and hi · 8 twice, fit into 16 bits together.
 constexpr int kMostLow = 119;
 
-// Up to this depth levels are at most 63, so that with 64 added to them two products with int8 fit
-// into 16 bits together.
+// Up to this depth levels are at most 63, so that with 64 added to them four products with narrow
+// inputs fit into 16 bits together.
 constexpr int kSmallDepth = 4;
 // The largest level of each depth as an integer: the one with which all are nearest to integers.
 constexpr int kPeak[kMaxDepth + 1] = {0, 63, 42, 62, 63, 127, 127, 127, 127};
@@ -55,6 +56,7 @@ struct LevelTables {
     alignas(64) int8_t rounded[kMaxDepth + 1][256] = {};
     DeepLevels deep[kMaxDepth + 1];
     float scale[kMaxDepth + 1] = {};
+    float unit[kMaxDepth + 1] = {};    // of a product of whole numbers: scale · what x counts in
     alignas(64) float steps[16] = {};  // what the scale codes stand for
 
     // `levels`: 510 values as in the tensor `tree` of a pack; `steps`: 16 values.
@@ -95,16 +97,18 @@ struct CodedMatrix {
     std::vector<uint32_t> position;  // source row -> stored row; empty if they are the same
 };
 
-// Input vectors of some tokens after gathering, rotating and coding: value ≈ (hi + lo / 16) ·
-// scale. The tokens of a group lie together, so kernels reach all of them from one pointer.
+// Input vectors of some tokens after gathering, rotating and coding, with 7 bits and a sign (at
+// most 64) for shallow groups, with 12 for those of kWideDepth and more: value ≈ narrow ·
+// kNarrowUnit · scale ≈ (hi + lo / 16) · scale. What no group needs is not made. The tokens of a
+// group lie together, so kernels reach all of them from one pointer.
 struct Prepared {
     int groups = 0;
-    int capacity = 0;           // tokens that there is room for
-    int8_t* hi = nullptr;       // [groups][capacity][64], aligned to 64
-    int8_t* lo = nullptr;       // the same; read only for groups with depth >= kWideDepth
-    float* scale = nullptr;     // [groups][capacity]
-    int32_t* sum_hi = nullptr;  // [groups][capacity]: sums of hi and of lo
-    int32_t* sum_lo = nullptr;
+    int capacity = 0;                     // tokens that there is room for
+    int8_t* narrow = nullptr;             // [groups][capacity][64], aligned to 64
+    int8_t *hi = nullptr, *lo = nullptr;  // the same
+    float* scale = nullptr;               // [groups][capacity]
+    int32_t* sum_narrow = nullptr;        // [groups][capacity]: the sum of narrow
+    int32_t *sum_hi = nullptr, *sum_lo = nullptr;
 
     size_t at(int group, int token) const {
         return static_cast<size_t>(group) * static_cast<size_t>(capacity) +
@@ -112,8 +116,9 @@ struct Prepared {
     }
     // The same without the tokens before this one.
     Prepared from(int token) const {
-        return {groups,        capacity,       hi + token * kGroup, lo + token * kGroup,
-                scale + token, sum_hi + token, sum_lo + token};
+        const size_t values = static_cast<size_t>(token) * kGroup;
+        return {groups,        capacity,           narrow + values, hi + values,   lo + values,
+                scale + token, sum_narrow + token, sum_hi + token,  sum_lo + token};
     }
 };
 

@@ -348,8 +348,8 @@ void Forward::code(const Worker& w, int first, int count, const float* x, size_t
     const Prepared prepared = w.in.prepared(matrix.groups);
     kernels_.prepare({x, stride, count, norm == nullptr ? nullptr : norm->data(), m_.norm_eps,
                       e_.weights.order(matrix.input).data(), matrix.columns,
-                      e_.weights.wide(matrix.input), &prepared, first,
-                      at(b_.together, w.self).data()});
+                      e_.weights.narrow(matrix.input), e_.weights.wide(matrix.input), &prepared,
+                      first, at(b_.together, w.self).data()});
 }
 
 // Supertiles [first, last) of a matrix, if any, for some inputs: to out[tokens.count()][stride],

@@ -20,6 +20,7 @@ constexpr uint64_t kPage = 4096;
 
 int Weights::add_input(std::vector<uint16_t> order) {
     orders_.push_back(std::move(order));
+    narrow_.push_back(false);
     wide_.push_back(false);
     return static_cast<int>(orders_.size()) - 1;
 }
@@ -242,12 +243,14 @@ void Weights::publish(int rungs) {
               .blocks[static_cast<size_t>(unit.block)]
               .depth[static_cast<size_t>(unit.group)];
     }
+    std::fill(narrow_.begin(), narrow_.end(), false);
     std::fill(wide_.begin(), wide_.end(), false);
     for (CodedMatrix& matrix : matrices_)
         for (CodedBlock& block : matrix.blocks) {
             block.update_runs();
             for (const Run& run : block.runs)
-                if (run.depth >= kWideDepth) wide_[static_cast<size_t>(matrix.input)] = true;
+                (run.depth < kWideDepth ? narrow_ : wide_)[static_cast<size_t>(matrix.input)] =
+                    true;
         }
     // Of a read in progress too: its caller knows that it is overtaken, or will see it at the end.
     arena_.release(rung_begin_[static_cast<size_t>(rungs)],

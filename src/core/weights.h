@@ -39,7 +39,8 @@ class Weights {
     const std::vector<uint16_t>& order(int input) const {
         return orders_[static_cast<size_t>(input)];
     }
-    // Does any matrix with this input have a group of at least kWideDepth now?
+    // Does any matrix with this input have groups below kWideDepth now, or others?
+    bool narrow(int input) const { return narrow_[static_cast<size_t>(input)]; }
     bool wide(int input) const { return wide_[static_cast<size_t>(input)]; }
 
     int rungs() const { return static_cast<int>(rung_end_ply_.size()); }
@@ -71,7 +72,7 @@ class Weights {
     };
     std::vector<CodedMatrix> matrices_;
     std::vector<std::vector<uint16_t>> orders_;
-    std::vector<bool> wide_;
+    std::vector<bool> narrow_, wide_;  // of each input
     std::vector<Unit> units_;
     std::vector<uint32_t> ladder_;
     std::vector<size_t> rung_end_ply_;     // plies up to and with each rung

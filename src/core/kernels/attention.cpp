@@ -7,6 +7,7 @@
 #include "attention.h"
 
 #include "ops.h"
+#include "vectors.h"
 
 namespace pliant::PLIANT_ISA {
 
@@ -165,10 +166,8 @@ void attend_more(const Attended& more, int dims, const Attended& sum) {
 
 void attend_mean(const Attended& sum, int dims, float* out) {
     const V factor = set1(1.0f / *sum.total);
-    for (int d = 0; d < dims; d += kLanes) {
-        const int n = std::min(kLanes, dims - d);
-        store_part(out + d, mul(load(sum.values + d), factor), n);
-    }
+    each_vector(dims,
+                [&](int d, int n) { store_n(out + d, mul(load(sum.values + d), factor), n); });
 }
 
 }  // namespace

@@ -30,46 +30,73 @@ PLIANT_INLINE void add_scaled(__m256 value, __m256 step, __m256 factor, float* s
                     _mm256_fmadd_ps(_mm256_mul_ps(value, step), factor, _mm256_load_ps(sums)));
 }
 
-// The sums of T tokens and two parts. Members of nested structs become registers; elements of
-// arrays that live through a loop stay in memory.
-template <typename Dot, bool Wide, int T>
+// The sums of T tokens and two parts; of two neighbouring quads of columns at once if Pair. Members
+// of nested structs become registers; elements of arrays that live through a loop stay in memory.
+template <typename Dot, bool Pair, int T>
 struct Sums {
-    __m256i top0, top1, middle0, middle1;
-    Sums<Dot, Wide, T - 1> rest;
+    __m256i sum0, sum1;
+    Sums<Dot, Pair, T - 1> rest;
 
-    PLIANT_INLINE void start(const int32_t* sum_hi, const int32_t* sum_lo) {
-        top0 = top1 = _mm256_set1_epi32(Dot::start(*sum_hi));
-        if constexpr (Wide) middle0 = middle1 = _mm256_set1_epi32(Dot::start(*sum_lo + *sum_hi));
-        rest.start(sum_hi + 1, sum_lo + 1);
+    PLIANT_INLINE void start(const int32_t* from) {
+        sum0 = sum1 = _mm256_set1_epi32(*from);
+        rest.start(from + 1);
     }
-    PLIANT_INLINE void add(const int8_t* xh, const int8_t* xl, const __m256i* w, const __m256i* l) {
-        const __m256i x = broadcast(xh);
-        Dot::add(top0, w[0], x);
-        Dot::add(top1, w[1], x);
-        if constexpr (Wide) {
-            const __m256i y = broadcast(xl);
-            Dot::add(middle0, w[0], y);
-            Dot::add(middle1, w[1], y);
-            Dot::add(middle0, l[0], x);
-            Dot::add(middle1, l[1], x);
+    PLIANT_INLINE void add(const int8_t* at, const __m256i* w) {
+        const __m256i x = broadcast(at);
+        if constexpr (Pair) {
+            const __m256i y = broadcast(at + 4);
+            Dot::add(sum0, w[0], w[2], x, y);
+            Dot::add(sum1, w[1], w[3], x, y);
+        } else {
+            Dot::add(sum0, w[0], x);
+            Dot::add(sum1, w[1], x);
         }
-        rest.add(xh + kGroup, Wide ? xl + kGroup : nullptr, w, l);
+        rest.add(at + kGroup, w);
     }
     PLIANT_INLINE void finish(const float* factors, const __m256* step, float* sums) const {
         const __m256 factor = _mm256_set1_ps(*factors);
-        finish(top0, middle0, factor, step[0], sums);
-        finish(top1, middle1, factor, step[1], sums + kPart);
+        add_scaled(_mm256_cvtepi32_ps(sum0), step[0], factor, sums);
+        add_scaled(_mm256_cvtepi32_ps(sum1), step[1], factor, sums + kPart);
         rest.finish(factors + 1, step, sums + kSupertile);
     }
+};
+template <typename Dot, bool Pair>
+struct Sums<Dot, Pair, 0> {
+    PLIANT_INLINE void start(const int32_t*) {}
+    PLIANT_INLINE void add(const int8_t*, const __m256i*) {}
+    PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
+};
 
-  private:
-    static PLIANT_INLINE void finish(__m256i top, __m256i middle, __m256 factor, __m256 step,
-                                     float* sums) {
-        add_scaled(Wide ? both_parts(top, middle) : _mm256_cvtepi32_ps(top), step, factor, sums);
+// The same with wide levels and inputs.
+template <typename Dot, int T>
+struct WideSums {
+    __m256i top0, top1, middle0, middle1;
+    WideSums<Dot, T - 1> rest;
+
+    PLIANT_INLINE void start(const int32_t* sum_hi, const int32_t* sum_lo) {
+        top0 = top1 = _mm256_set1_epi32(Dot::start(*sum_hi));
+        middle0 = middle1 = _mm256_set1_epi32(Dot::start(*sum_lo + *sum_hi));
+        rest.start(sum_hi + 1, sum_lo + 1);
+    }
+    PLIANT_INLINE void add(const int8_t* xh, const int8_t* xl, const __m256i* w, const __m256i* l) {
+        const __m256i x = broadcast(xh), y = broadcast(xl);
+        Dot::add(top0, w[0], x);
+        Dot::add(top1, w[1], x);
+        Dot::add(middle0, w[0], y);
+        Dot::add(middle1, w[1], y);
+        Dot::add(middle0, l[0], x);
+        Dot::add(middle1, l[1], x);
+        rest.add(xh + kGroup, xl + kGroup, w, l);
+    }
+    PLIANT_INLINE void finish(const float* factors, const __m256* step, float* sums) const {
+        const __m256 factor = _mm256_set1_ps(*factors);
+        add_scaled(both_parts(top0, middle0), step[0], factor, sums);
+        add_scaled(both_parts(top1, middle1), step[1], factor, sums + kPart);
+        rest.finish(factors + 1, step, sums + kSupertile);
     }
 };
-template <typename Dot, bool Wide>
-struct Sums<Dot, Wide, 0> {
+template <typename Dot>
+struct WideSums<Dot, 0> {
     PLIANT_INLINE void start(const int32_t*, const int32_t*) {}
     PLIANT_INLINE void add(const int8_t*, const int8_t*, const __m256i*, const __m256i*) {}
     PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
@@ -87,9 +114,14 @@ struct SpreadSums {
         sum = _mm256_set1_epi32(*from);
         rest.start(from + 1);
     }
-    PLIANT_INLINE void add(__m256i w, const typename Dot::Spread* x) {
-        Dot::add(sum, w, *x);
-        rest.add(w, x + kQuads);
+    PLIANT_INLINE void add(__m256i w0, __m256i w1, const __m256i* x) {
+        if constexpr (Dot::kPairs) {
+            Dot::add(sum, w0, w1, x[0], x[1]);
+        } else {
+            Dot::add(sum, w0, x[0]);
+            Dot::add(sum, w1, x[1]);
+        }
+        rest.add(w0, w1, x + kQuads);
     }
     PLIANT_INLINE void finish(const float* factors, __m256 step, float* sums) const {
         add_scaled(_mm256_cvtepi32_ps(sum), step, _mm256_set1_ps(*factors), sums);
@@ -99,7 +131,7 @@ struct SpreadSums {
 template <typename Dot>
 struct SpreadSums<Dot, 0> {
     PLIANT_INLINE void start(const int32_t*) {}
-    PLIANT_INLINE void add(__m256i, const typename Dot::Spread*) {}
+    PLIANT_INLINE void add(__m256i, __m256i, const __m256i*) {}
     PLIANT_INLINE void finish(const float*, __m256, float*) const {}
 };
 
@@ -126,7 +158,8 @@ struct DeepSums<Dot, 0> {
 };
 
 template <typename Dot, int N>
-using For = std::conditional_t<N <= kSmallDepth, typename Dot::Shallow, Dot>;
+using For = std::conditional_t < N <= kSmallDepth,
+      typename Dot::Small, std::conditional_t<N<kWideDepth, typename Dot::Large, Dot>>;
 
 template <int N>
 using Levels = std::conditional_t<N >= kWideDepth, DeepTable<N>, Table<N>>;
@@ -141,7 +174,7 @@ PLIANT_INLINE Levels<N> levels_of(const CodedProduct& p, int flip) {
 PLIANT_INLINE void factors_of(const CodedProduct& p, int g, int depth, int first, int tokens,
                               float* out) {
     const float* scale = p.x->scale + p.x->at(g, first);
-    const float group = p.block->group_scale[g], level = p.levels->scale[depth];
+    const float group = p.block->group_scale[g], level = p.levels->unit[depth];
     for (int t = 0; t < tokens; ++t) out[t] = (scale[t] * group) * level;
 }
 
@@ -156,7 +189,7 @@ struct FewShallow {
     using Kind = For<Dot, N>;
     const Prepared& x;
     const Table<N> table;
-    alignas(32) typename Kind::Spread spread[T * kQuads];
+    __m256i spread[T * kQuads];
     int32_t starts[T];
 
     explicit FewShallow(const CodedProduct& p) : x(*p.x), table(levels_of<N>(p, Kind::kFlip)) {}
@@ -164,8 +197,8 @@ struct FewShallow {
         for (int t = 0; t < T; ++t) {
             const size_t at = x.at(group, t);
             for (int i = 0; i < kQuads; ++i)
-                spread[t * kQuads + i].set(broadcast(x.hi + at * kGroup + 4 * i));
-            starts[t] = Kind::start(x.sum_hi[at]);
+                store(&spread[t * kQuads + i], broadcast(x.narrow + at * kGroup + 4 * i));
+            starts[t] = Kind::start(x.sum_narrow[at]);
         }
     }
     // Parts in the order of place(). Bits are collected before those of the part before are used: a
@@ -183,16 +216,18 @@ struct FewShallow {
                 sum1.start(starts);
                 // A loop: all depths together have to fit into the cache of instructions.
                 for (int h = 0; h < 2; ++h) {
-                    const auto* const input = spread + 8 * h;
+                    const __m256i* const input = spread + 8 * h;
+                    const auto add = [&](auto& sum, const Bits<N>& bits) PLIANT_LAMBDA {
+                        repeat<4>([&]<int j>() PLIANT_LAMBDA {
+                            sum.add(table.template look_up<2 * j>(bits),
+                                    table.template look_up<2 * j + 1>(bits), input + 2 * j);
+                        });
+                    };
                     const Bits<N> second(planes, at + 32);
-                    repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                        sum0.add(table.template look_up<j>(first), input + j);
-                    });
+                    add(sum0, first);
                     const size_t next = at + 64;
                     first = Bits<N>(planes, next < end ? next : at);
-                    repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                        sum1.add(table.template look_up<j>(second), input + j);
-                    });
+                    add(sum1, second);
                     at = next;
                 }
                 sum0.finish(factors, row_steps(codes, part, low, high), sums + kPart * part);
@@ -265,60 +300,102 @@ void few_tokens(const Strip& strip, const Run& run) {
     kBlocks[static_cast<size_t>(strip.p.tokens - 1)](strip, run);
 }
 
-// A decoded group of a supertile, and its products with many tokens, kBlock at a time, which are
-// added to sums[token][32]; apart from the rest, so that their sums have all registers. Bytes: [16
+// f<T>(t) for all tokens from t = 0 on, Block at a time.
+template <int Block, typename F>
+PLIANT_INLINE void in_blocks(int tokens, F&& f) {
+    int t = 0;
+    for (; t + Block <= tokens; t += Block) f.template operator()<Block>(t);
+    repeat<Block - 1>([&]<int i>() PLIANT_LAMBDA {
+        if (tokens - t == i + 1) f.template operator()<i + 1>(t);
+    });
+}
+
+// A decoded group of a supertile, and its products with many tokens, which are added to
+// sums[token][32]; in functions of their own, so that their sums have all registers. Bytes: [16
 // quads of columns][4 parts][8 rows][4 columns].
 template <typename Dot, int N>
-struct Bytes {
-    static constexpr bool kWide = N >= kWideDepth;
-    static constexpr int kFlip = For<Dot, N>::kFlip,
-                         kBlock = kWide ? Dot::kTokens / 2 : Dot::kTokens;
+struct NarrowBytes {
+    using Kind = For<Dot, N>;
+    static constexpr int kFlip = Kind::kFlip;
+    alignas(64) uint8_t levels[kSupertile * kGroup];
+    const CodedProduct& p;
+    const int8_t* x = nullptr;
+    int32_t starts[kMaxTokens];
+
+    explicit NarrowBytes(const Strip& strip) : p(strip.p) {}
+    void begin(int group) {
+        const size_t first = p.x->at(group, 0);
+        x = p.x->narrow + first * kGroup;
+        for (int t = 0; t < p.tokens; ++t)
+            starts[t] = Kind::start(p.x->sum_narrow[first + static_cast<size_t>(t)]);
+    }
+    PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& table) {
+        for (int part = 0; part < 4; ++part)
+            for (int h = 0; h < 2; ++h) {
+                const Bits<N> bits(planes, place(part, h));
+                repeat<8>([&]<int j>() PLIANT_LAMBDA {
+                    store(levels + (8 * h + j) * 128 + 32 * part, table.template look_up<j>(bits));
+                });
+            }
+    }
+    [[gnu::noinline]] void multiply(const float* factors, const __m256* step, float* sums) const {
+        constexpr int kStep = Kind::kPairs ? 2 : 1;  // quads at once
+        for (int half = 0; half < 2; ++half)
+            in_blocks<Dot::kTokens>(p.tokens, [&]<int T>(int t) PLIANT_LAMBDA {
+                Sums<Kind, Kind::kPairs, T> sum;
+                sum.start(starts + t);
+                const int8_t* from = x + t * kGroup;
+                const uint8_t* at = levels + 64 * half;
+                for (int quad = 0; quad < kQuads; quad += kStep, from += 4 * kStep) {
+                    __m256i w[2 * kStep];
+                    for (int i = 0; i < kStep; ++i, at += 128) {
+                        w[2 * i] = load(at);
+                        w[2 * i + 1] = load(at + 32);
+                    }
+                    sum.add(from, w);
+                }
+                sum.finish(factors + t, step + 2 * half, sums + t * kSupertile + 2 * kPart * half);
+            });
+    }
+};
+
+// The same with wide levels and inputs.
+template <typename Dot, int N>
+struct WideBytes {
+    static constexpr int kFlip = Dot::kFlip;
     alignas(64) uint8_t high[kSupertile * kGroup], low[kSupertile * kGroup];
-    const Prepared& x;
-    int g = 0;
+    const CodedProduct& p;
+    size_t first = 0;  // of the tokens in the inputs
 
-    explicit Bytes(const Strip& strip) : x(*strip.p.x) {}
-    void begin(int group) { g = group; }
-
-    PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& levels) {
+    explicit WideBytes(const Strip& strip) : p(strip.p) {}
+    void begin(int group) { first = p.x->at(group, 0); }
+    PLIANT_INLINE void decode(const uint8_t* const* planes, const DeepTable<N>& table) {
+        const __m256i flip = bytes(kFlip);
         for (int part = 0; part < 4; ++part)
             for (int h = 0; h < 2; ++h) {
                 const Bits<N> bits(planes, place(part, h));
                 repeat<8>([&]<int j>() PLIANT_LAMBDA {
                     const int at = (8 * h + j) * 128 + 32 * part;
-                    const auto w = levels.template look_up<j>(bits);
-                    if constexpr (kWide) {
-                        const __m256i flip = bytes(kFlip);
-                        store(high + at, _mm256_add_epi8(_mm256_sign_epi8(w.hi, w.sign), flip));
-                        store(low + at, _mm256_add_epi8(_mm256_sign_epi8(w.lo, w.sign), flip));
-                    } else {
-                        store(high + at, w);
-                    }
+                    const Deep w = table.template look_up<j>(bits);
+                    store(high + at, _mm256_add_epi8(_mm256_sign_epi8(w.hi, w.sign), flip));
+                    store(low + at, _mm256_add_epi8(_mm256_sign_epi8(w.lo, w.sign), flip));
                 });
             }
     }
-
-    template <int T>
-    [[gnu::noinline]] void multiply(int token, const float* factors, const __m256* step,
-                                    float* sums) const {
-        const size_t first = x.at(g, token);
-        for (int half = 0; half < 2; ++half) {
-            const int8_t* xh = x.hi + first * kGroup;
-            const int8_t* xl = x.lo + first * kGroup;
-            Sums<For<Dot, N>, kWide, T> sum;
-            sum.start(x.sum_hi + first, x.sum_lo + first);
-            for (int at = 64 * half; at < kSupertile * kGroup; at += 128, xh += 4, xl += 4) {
-                const __m256i w[] = {load(high + at), load(high + at + 32)};
-                if constexpr (kWide) {
+    [[gnu::noinline]] void multiply(const float* factors, const __m256* step, float* sums) const {
+        for (int half = 0; half < 2; ++half)
+            in_blocks<Dot::kTokens / 2>(p.tokens, [&]<int T>(int t) PLIANT_LAMBDA {
+                const size_t token = first + static_cast<size_t>(t);
+                const int8_t *xh = p.x->hi + token * kGroup, *xl = p.x->lo + token * kGroup;
+                WideSums<Dot, T> sum;
+                sum.start(p.x->sum_hi + token, p.x->sum_lo + token);
+                for (int at = 64 * half; at < kSupertile * kGroup; at += 128, xh += 4, xl += 4) {
+                    const __m256i w[] = {load(high + at), load(high + at + 32)};
                     const __m256i l[] = {load(low + at), load(low + at + 32)};
                     sum.add(xh, xl, w, l);
-                } else {
-                    sum.add(xh, nullptr, w, nullptr);
                 }
-            }
-            sum.finish(factors + token, step + 2 * half,
-                       sums + token * kSupertile + 2 * kPart * half);
-        }
+                sum.finish(factors + t, step + 2 * half, sums + t * kSupertile + 2 * kPart * half);
+            });
     }
 };
 
@@ -375,10 +452,10 @@ struct WordSums<0> {
     PLIANT_INLINE void finish(const float*, __m256, float*) const {}
 };
 
-// As Bytes, in words: [4 parts][16 quads of columns]: words of even and of odd columns, lo + kFlip.
+// As these, in words: [4 parts][16 quads of columns]: words of even and of odd columns, lo + kFlip.
 template <int N>
 struct InWords {
-    static constexpr int kFlip = 0, kBlock = 4;
+    static constexpr int kFlip = 0;
     alignas(64) uint8_t words[4 * kQuads * 3 * 32];
     const CodedProduct& p;
     int32_t* const x;  // [tokens][even, odd][16 quads], behind the sums of the strip
@@ -417,33 +494,36 @@ struct InWords {
             }
     }
 
-    template <int T>
-    [[gnu::noinline]] void multiply(int token, const float* factors, const __m256* step,
-                                    float* sums) const {
-        const size_t first = p.x->at(g, token);
-        for (int part = 0; part < 4; ++part) {
-            const uint8_t* from = words + part * kQuads * 3 * 32;
-            const int32_t* both = x + 2 * kQuads * token;
-            const int8_t* xl = p.x->lo + first * kGroup;
-            WordSums<T> sum;
-            sum.start(p.x->sum_lo + first);
-            for (int some = 0; some < kQuads; some += WordSums<T>::kFit) {
-                for (int i = 0; i < WordSums<T>::kFit; ++i, from += 3 * 32, ++both, xl += 4) {
-                    const __m256i w[] = {load(from), load(from + 32), load(from + 64)};
-                    sum.add(both, xl, w);
+    [[gnu::noinline]] void multiply(const float* factors, const __m256* step, float* sums) const {
+        const size_t first = p.x->at(g, 0);
+        for (int part = 0; part < 4; ++part)
+            in_blocks<4>(p.tokens, [&]<int T>(int t) PLIANT_LAMBDA {
+                const size_t token = first + static_cast<size_t>(t);
+                const uint8_t* from = words + part * kQuads * 3 * 32;
+                const int32_t* both = x + 2 * kQuads * t;
+                const int8_t* xl = p.x->lo + token * kGroup;
+                WordSums<T> sum;
+                sum.start(p.x->sum_lo + token);
+                for (int some = 0; some < kQuads; some += WordSums<T>::kFit) {
+                    for (int i = 0; i < WordSums<T>::kFit; ++i, from += 3 * 32, ++both, xl += 4) {
+                        const __m256i w[] = {load(from), load(from + 32), load(from + 64)};
+                        sum.add(both, xl, w);
+                    }
+                    sum.take_low();
                 }
-                sum.take_low();
-            }
-            sum.finish(factors + token, step[part], sums + token * kSupertile + kPart * part);
-        }
+                sum.finish(factors + t, step[part], sums + t * kSupertile + kPart * part);
+            });
     }
 };
 
 // Many tokens: as many at a time as there are registers for their sums.
 template <typename Dot, int N>
+using Decoded =
+    std::conditional_t < N<kWideDepth, NarrowBytes<Dot, N>,
+                           std::conditional_t<Dot::kWords, InWords<N>, WideBytes<Dot, N>>>;
+template <typename Dot, int N>
 void many_tokens(const Strip& strip, const Run& run) {
-    using Group = std::conditional_t<Dot::kWords && N >= kWideDepth, InWords<N>, Bytes<Dot, N>>;
-    constexpr int kBlock = Group::kBlock;
+    using Group = Decoded<Dot, N>;
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
     const __m256 low = _mm256_load_ps(p.levels->steps), high = _mm256_load_ps(p.levels->steps + 8);
@@ -463,12 +543,7 @@ void many_tokens(const Strip& strip, const Run& run) {
             const uint8_t* codes =
                 block.codes[static_cast<size_t>(g)] + static_cast<size_t>(s) * 16;
             for (int part = 0; part < 4; ++part) step[part] = row_steps(codes, part, low, high);
-            int t = 0;
-            for (; t + kBlock <= p.tokens; t += kBlock)
-                group.template multiply<kBlock>(t, factors, step, sums);
-            repeat<kBlock - 1>([&]<int i>() PLIANT_LAMBDA {
-                if (p.tokens - t == i + 1) group.template multiply<i + 1>(t, factors, step, sums);
-            });
+            group.multiply(factors, step, sums);
             repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
         }
     }
@@ -499,6 +574,10 @@ void multiply_strips(const CodedProduct& p) {
     }
 }
 
+// Inputs of pages have 8 bits.
+template <typename Dot, int N>
+using ForPage = std::conditional_t<N <= kSmallDepth, typename Dot::Small, Dot>;
+
 // Sums of Q vectors with 16 rows of a unit of a page, in two parts.
 template <typename Dot, bool Positive, int N, int Q>
 struct PageSums {
@@ -509,7 +588,7 @@ struct PageSums {
         if constexpr (Positive)
             sum0 = sum1 = _mm256_setzero_si256();
         else
-            sum0 = sum1 = _mm256_set1_epi32(For<Dot, N>::start(*sums));
+            sum0 = sum1 = _mm256_set1_epi32(ForPage<Dot, N>::start(*sums));
         rest.start(sums + 1);
     }
     PLIANT_INLINE void add(__m256i w0, __m256i w1, const int8_t* at) {
@@ -518,8 +597,8 @@ struct PageSums {
             Dot::add_positive(sum0, w0, x);
             Dot::add_positive(sum1, w1, x);
         } else {
-            For<Dot, N>::add(sum0, w0, x);
-            For<Dot, N>::add(sum1, w1, x);
+            ForPage<Dot, N>::add(sum0, w0, x);
+            ForPage<Dot, N>::add(sum1, w1, x);
         }
         rest.add(w0, w1, at + kHalf);
     }
@@ -541,7 +620,7 @@ constexpr int kPageVectors = 4;  // whose sums of 16 rows fit into registers
 // Q vectors from `first` on, with all pages.
 template <typename Dot, bool Positive, int N, int Q>
 void page_vectors(const PlyProduct& p, int first) {
-    const Table<N> table(p.levels->rounded[N], Positive ? 0 : For<Dot, N>::kFlip);
+    const Table<N> table(p.levels->rounded[N], Positive ? 0 : ForPage<Dot, N>::kFlip);
     const int8_t* x = p.x + first * kHalf;
     int32_t* out = p.out + first * kHalf;
     for (int page = 0; page < p.pages; ++page, x += p.x_stride, out += p.vectors * kHalf) {

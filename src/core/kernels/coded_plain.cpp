@@ -79,10 +79,10 @@ void coded_product(const CodedProduct& p) {
                     }
                 for (int t = 0; t < p.tokens; ++t) {
                     const size_t at = p.x->at(g, t);
-                    const int8_t* xh = p.x->hi + at * kGroup;
+                    const int8_t* xh = (wide ? p.x->hi : p.x->narrow) + at * kGroup;
                     const int8_t* xl = p.x->lo + at * kGroup;
                     const float factor =
-                        (p.x->scale[at] * block.group_scale[g]) * p.levels->scale[run.depth];
+                        (p.x->scale[at] * block.group_scale[g]) * p.levels->unit[run.depth];
                     float* out = p.out + static_cast<size_t>(t) * p.stride + at_row;
                     for (int r = 0; r < kSupertile; ++r) {
                         int32_t top = 0, middle = 0;

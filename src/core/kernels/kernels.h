@@ -26,7 +26,7 @@ struct Preparing {
     float eps;
     const uint16_t* order;  // [columns]
     int columns;
-    bool wide;
+    bool narrow, wide;  // what is wanted
     const Prepared* out;
     int first;       // of its tokens
     float* scratch;  // [columns][kTogether]; [columns] is enough for one token

@@ -6,8 +6,8 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "lanes.h"
 #include "simd.h"
-#include "transpose.h"
 #include "vectors.h"
 
 namespace pliant::PLIANT_ISA {

@@ -246,44 +246,38 @@ PLIANT_INLINE __m256 both_parts(__m256i top, __m256i middle) {
                            _mm256_cvtepi32_ps(top));
 }
 
-// Products of four neighbouring bytes each, added to 32-bit sums.
+// Products of four neighbouring bytes each, added to 32-bit sums. Levels have kFlip added where
+// that makes them unsigned.
 
-// Levels of at most 63, with 64 added: unsigned, and two products of them fit into 16 bits.
-struct Small {
-    static constexpr int kFlip = 64;
+// vpmaddubsw adds two products in 16 bits. Levels of at most 63, with 64 added, leave room for two
+// more if inputs are narrow, and the others, with 128 added, for none.
+template <int Flip>
+struct Flipped {
+    static constexpr int kFlip = Flip;
+    static constexpr bool kPairs = Flip == 64;
     static PLIANT_INLINE int32_t start(int32_t sum) { return -kFlip * sum; }
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
         add32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
     }
-    // An input that is used often: the four columns of a vector of levels, once for each row.
-    struct Spread {
-        __m256i x;
-        PLIANT_INLINE void set(__m256i input) { store(&x, input); }
-    };
-    static PLIANT_INLINE void add(__m256i& sum, __m256i w, const Spread& input) {
-        add(sum, w, load(&input.x));
+    static PLIANT_INLINE void add(__m256i& sum, __m256i w0, __m256i w1, __m256i x0, __m256i x1) {
+        static_assert(kPairs);
+        const __m256i four =
+            _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
+        add32(sum, _mm256_madd_epi16(four, _mm256_set1_epi16(1)));
     }
 };
 
-// vpmaddubsw wants one unsigned factor, so the sign of the input moves to the level.
+// Where one of the factors must be unsigned, the sign of the input moves to the level.
 struct Signed {
-    using Shallow = Small;  // up to kSmallDepth
+    using Small = Flipped<64>;   // up to kSmallDepth
+    using Large = Flipped<128>;  // from there to kWideDepth; only with narrow inputs
     static constexpr int kFlip = 0;
     static constexpr int kTokens = 4;     // whose sums of 16 rows fit into registers
     static constexpr bool kWords = true;  // products of 16 bits are cheaper than three of 8
     static PLIANT_INLINE int32_t start(int32_t) { return 0; }
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
-        add(sum, w, x, _mm256_abs_epi8(x));
-    }
-    struct Spread {
-        __m256i x, absolute;
-        PLIANT_INLINE void set(__m256i input) {
-            store(&x, input);
-            store(&absolute, _mm256_abs_epi8(input));
-        }
-    };
-    static PLIANT_INLINE void add(__m256i& sum, __m256i w, const Spread& input) {
-        add(sum, w, load(&input.x), load(&input.absolute));
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+        add32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     // Of an input that is not negative with signed levels.
     static PLIANT_INLINE void add_positive(__m256i& sum, __m256i w, __m256i x) {
@@ -305,28 +299,20 @@ struct Signed {
             return _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(1.0f / kSixteen));
         }
     };
-
-  private:
-    static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x, __m256i absolute) {
-        const __m256i pairs = _mm256_maddubs_epi16(absolute, _mm256_sign_epi8(w, x));
-        add32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    }
 };
 
 // Levels are unsigned, level + 128; the 128 is taken out again through the sum of the inputs.
 struct Unsigned {
-    using Shallow = Unsigned;
+    using Small = Unsigned;
+    using Large = Unsigned;
     static constexpr int kFlip = 0x80;
+    static constexpr bool kPairs = false;
     static constexpr int kTokens = 6;
     static constexpr bool kWords = false;
     static PLIANT_INLINE int32_t start(int32_t sum) { return -128 * sum; }
     // Of AVX-VNNI. In assembly, as in coded_avx512.cpp; and so only the assembler has to know it.
     static PLIANT_INLINE void add(__m256i& sum, __m256i w, __m256i x) {
-        asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
-    }
-    using Spread = Small::Spread;
-    static PLIANT_INLINE void add(__m256i& sum, __m256i w, const Spread& input) {
-        asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "m"(input.x));
+        asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "xm"(x));
     }
     static PLIANT_INLINE void add_positive(__m256i& sum, __m256i w, __m256i x) { add(sum, x, w); }
     struct DeepSum {

@@ -139,7 +139,7 @@ PLIANT_INLINE void factors_of(const CodedProduct& p, int g, int depth, int first
                               float* out) {
     const float* scale = p.x->scale + p.x->at(g, first);
     const __m512 group = _mm512_set1_ps(p.block->group_scale[g]);
-    const __m512 level = _mm512_set1_ps(p.levels->scale[depth]);
+    const __m512 level = _mm512_set1_ps(p.levels->unit[depth]);
     for (int t = 0; t < tokens; t += 16) {
         const int rest = std::min(tokens - t, 16);
         const __mmask16 some = static_cast<__mmask16>((1u << rest) - 1);

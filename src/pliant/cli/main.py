@@ -57,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Only the module of the command that is used is imported: a resident byte is a byte of budget.
     names = (given[0],) if given and given[0] in COMMANDS else COMMANDS
+    if names != ("pack",):
+        # numpy multiplies no matrices here, but would begin by starting a thread for each processor
+        # that spins, while the model is loaded by all of them.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         parser = build_parser(names)
         options = parser.parse_args(given)
