@@ -1,5 +1,6 @@
 // Products with coded matrices for AVX2.
 #include "coded_256.h"
+#include "pages_256.h"
 
 namespace pliant::avx2 {
 

@@ -113,8 +113,8 @@ inline void transpose(const float* x, size_t stride, int count, int columns, flo
     }
 }
 
-// Inputs as whole numbers; zeros where `peak` cannot be coded.
-
+// A LaneCoder makes whole numbers of the inputs of a group, four channels at a time; zeros where
+// the peak of a lane cannot be coded.
 #if defined(PLIANT_AVX512)
 class LaneCoder {
   public:
