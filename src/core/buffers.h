@@ -179,7 +179,7 @@ constexpr int query_blocks(const ModelSpec& m) {
 }
 
 // Tokens × supertiles of a matrix whose results a thread keeps to itself.
-constexpr int kOwnResults = 512;
+constexpr int kOwnResults = 768;
 
 struct Executor::Buffers : Activations {
     Buffers(const ModelSpec& m, int threads, int chunk, bool plain)
