@@ -64,15 +64,15 @@ struct InputBuffer {
         : capacity(tokens),
           x(floats),
           stride((static_cast<size_t>(width) + 63) / 64 * 64),
-          values(static_cast<size_t>(tokens) * stride),
-          narrow(values),
-          hi(values),
-          lo(values),
-          scale(values / kGroup),
-          sum_narrow(values / kGroup),
-          sum_hi(values / kGroup),
-          sum_lo(values / kGroup) {}
+          narrow(values()),
+          hi(values()),
+          lo(values()),
+          scale(values() / kGroup),
+          sum_narrow(values() / kGroup),
+          sum_hi(values() / kGroup),
+          sum_lo(values() / kGroup) {}
 
+    size_t values() const { return static_cast<size_t>(capacity) * stride; }
     float* row(int token) const { return x.row(token); }
     Prepared prepared(int groups) const {
         return {groups,       capacity,          narrow.data(), hi.data(),    lo.data(),
@@ -85,7 +85,7 @@ struct InputBuffer {
 
     int capacity;
     Rows x;
-    size_t stride, values;
+    size_t stride;
     Aligned<int8_t> narrow, hi, lo;
     Aligned<float> scale;
     Aligned<int32_t> sum_narrow, sum_hi, sum_lo;

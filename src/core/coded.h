@@ -114,6 +114,9 @@ struct Prepared {
         return static_cast<size_t>(group) * static_cast<size_t>(capacity) +
                static_cast<size_t>(token);
     }
+    // What the levels, or their high parts, are multiplied with, and its sums.
+    const int8_t* top(bool wide) const { return wide ? hi : narrow; }
+    const int32_t* sum_top(bool wide) const { return wide ? sum_hi : sum_narrow; }
     // The same without the tokens before this one.
     Prepared from(int token) const {
         const size_t values = static_cast<size_t>(token) * kGroup;

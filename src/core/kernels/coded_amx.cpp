@@ -129,7 +129,7 @@ class Walk {
         factors_of(p_, g, run.depth, 0, p_.tokens, to.factors[i]);
         if (p_.tokens <= kHalf) {
             const size_t from = p_.x->at(g, 0) * kGroup;
-            between_zeros((to.wide ? p_.x->hi : p_.x->narrow) + from, to.hi[i]);
+            between_zeros(p_.x->top(to.wide) + from, to.hi[i]);
             if (to.wide) between_zeros(p_.x->lo + from, to.lo[i]);
         }
         if (++at_ == run.count) ++run_, at_ = 0;
@@ -239,7 +239,7 @@ PLIANT_INLINE void make_products(const Prepared& x, int first, int tokens, const
         constexpr bool kBegin = i % kTogether == 0;
         const size_t at = Few ? static_cast<size_t>((kBegin ? tokens : 0) * kGroup)
                               : x.at(groups.group[i], first) * kGroup;
-        load<2>((Few ? groups.hi[i] : Wide ? x.hi : x.narrow) + at, kGroup);
+        load<2>((Few ? groups.hi[i] : x.top(Wide)) + at, kGroup);
         load<0>(batch.high[i], 128);
         load<1>(batch.high[i] + 64, 128);
         if constexpr (kBegin) {

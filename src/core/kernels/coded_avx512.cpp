@@ -81,9 +81,9 @@ void multiply(const Strip& strip, const Run& run, int token) {
     const Table<N> hi(p.levels->hi[N], 0x80), lo(p.levels->lo[N], 0x80);
     for (int g = run.first, end = g + run.count; g < end; ++g) {
         const size_t begin = p.x->at(g, token);
-        const int8_t* const xh = (kWide ? p.x->hi : p.x->narrow) + begin * kGroup;
+        const int8_t* const xh = p.x->top(kWide) + begin * kGroup;
         const int8_t* const xl = p.x->lo + begin * kGroup;
-        const int32_t* const sum_hi = (kWide ? p.x->sum_hi : p.x->sum_narrow) + begin;
+        const int32_t* const sum_hi = p.x->sum_top(kWide) + begin;
         const int32_t* const sum_lo = p.x->sum_lo + begin;
         alignas(64) float factors[16];
         factors_of(p, g, N, token, T, factors);
@@ -147,10 +147,10 @@ template <int N, int T>
 void multiply(const Prepared& x, int g, int token, const Decoded& group, float* sums) {
     constexpr bool kWide = N >= kWideDepth;
     const size_t begin = x.at(g, token);
-    const int8_t* xh = (kWide ? x.hi : x.narrow) + begin * kGroup;
+    const int8_t* xh = x.top(kWide) + begin * kGroup;
     const int8_t* xl = x.lo + begin * kGroup;
     Sums<kWide, 2, T> sum;
-    sum.start((kWide ? x.sum_hi : x.sum_narrow) + begin, x.sum_lo + begin);
+    sum.start(x.sum_top(kWide) + begin, x.sum_lo + begin);
     for (int at = 0; at < kSupertile * kGroup; at += 128, xh += 4, xl += 4) {
         const __m512i w[] = {_mm512_load_si512(group.high + at),
                              _mm512_load_si512(group.high + at + 64)};

@@ -79,7 +79,7 @@ void coded_product(const CodedProduct& p) {
                     }
                 for (int t = 0; t < p.tokens; ++t) {
                     const size_t at = p.x->at(g, t);
-                    const int8_t* xh = (wide ? p.x->hi : p.x->narrow) + at * kGroup;
+                    const int8_t* xh = p.x->top(wide) + at * kGroup;
                     const int8_t* xl = p.x->lo + at * kGroup;
                     const float factor =
                         (p.x->scale[at] * block.group_scale[g]) * p.levels->unit[run.depth];

@@ -17,6 +17,17 @@ PLIANT_INLINE void in_blocks(int tokens, F&& f) {
     });
 }
 
+// f(part, quad, levels of 8 rows × 4 columns) for a group of a supertile.
+template <int N, typename F>
+PLIANT_INLINE void each_level(const uint8_t* const* planes, const Levels<N>& levels, F&& f) {
+    for (int part = 0; part < 4; ++part)
+        for (int h = 0; h < 2; ++h) {
+            const Bits<N> bits(planes, place(part, h));
+            repeat<8>([&]<int j>()
+                          PLIANT_LAMBDA { f(part, 8 * h + j, levels.template look_up<j>(bits)); });
+        }
+}
+
 // A decoded group of a supertile, and its products with many tokens, which are added to
 // sums[token][32]; in functions of their own, so that their sums have all registers. Bytes: [16
 // quads of columns][4 parts][8 rows][4 columns].
@@ -36,20 +47,16 @@ struct NarrowBytes {
         for (int t = 0; t < p.tokens; ++t)
             starts[t] = Kind::start(p.x->sum_narrow[first + static_cast<size_t>(t)]);
     }
-    PLIANT_INLINE void decode(const uint8_t* const* planes, const Table<N>& table) {
-        for (int part = 0; part < 4; ++part)
-            for (int h = 0; h < 2; ++h) {
-                const Bits<N> bits(planes, place(part, h));
-                repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                    store(levels + (8 * h + j) * 128 + 32 * part, table.template look_up<j>(bits));
-                });
-            }
+    PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& table) {
+        each_level<N>(planes, table, [&](int part, int quad, __m256i w) PLIANT_LAMBDA {
+            store(levels + quad * 128 + 32 * part, w);
+        });
     }
     [[gnu::noinline]] void multiply(const float* factors, const __m256* step, float* sums) const {
         constexpr int kStep = Kind::kPairs ? 2 : 1;  // quads at once
         for (int half = 0; half < 2; ++half)
             in_blocks<Dot::kTokens>(p.tokens, [&]<int T>(int t) PLIANT_LAMBDA {
-                Sums<Kind, Kind::kPairs, T> sum;
+                Sums<Kind, T> sum;
                 sum.start(starts + t);
                 const int8_t* from = x + t * kGroup;
                 const uint8_t* at = levels + 64 * half;
@@ -76,18 +83,13 @@ struct WideBytes {
 
     explicit WideBytes(const Strip& strip) : p(strip.p) {}
     void begin(int group) { first = p.x->at(group, 0); }
-    PLIANT_INLINE void decode(const uint8_t* const* planes, const DeepTable<N>& table) {
+    PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& table) {
         const __m256i flip = bytes(kFlip);
-        for (int part = 0; part < 4; ++part)
-            for (int h = 0; h < 2; ++h) {
-                const Bits<N> bits(planes, place(part, h));
-                repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                    const int at = (8 * h + j) * 128 + 32 * part;
-                    const Deep w = table.template look_up<j>(bits);
-                    store(high + at, _mm256_add_epi8(_mm256_sign_epi8(w.hi, w.sign), flip));
-                    store(low + at, _mm256_add_epi8(_mm256_sign_epi8(w.lo, w.sign), flip));
-                });
-            }
+        each_level<N>(planes, table, [&](int part, int quad, const Deep& w) PLIANT_LAMBDA {
+            const int at = quad * 128 + 32 * part;
+            store(high + at, _mm256_add_epi8(_mm256_sign_epi8(w.hi, w.sign), flip));
+            store(low + at, _mm256_add_epi8(_mm256_sign_epi8(w.lo, w.sign), flip));
+        });
     }
     [[gnu::noinline]] void multiply(const float* factors, const __m256* step, float* sums) const {
         for (int half = 0; half < 2; ++half)
@@ -185,20 +187,15 @@ struct InWords {
         }
     }
 
-    PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& levels) {
-        for (int part = 0; part < 4; ++part)
-            for (int h = 0; h < 2; ++h) {
-                const Bits<N> bits(planes, place(part, h));
-                repeat<8>([&]<int j>() PLIANT_LAMBDA {
-                    const Deep w = levels.template look_up<j>(bits);
-                    const __m256i low = _mm256_sign_epi8(w.lo, w.sign);
-                    const Words both(_mm256_sign_epi8(w.hi, w.sign), low);
-                    uint8_t* to = words + (part * kQuads + 8 * h + j) * 3 * 32;
-                    store(to, both.even);
-                    store(to + 32, both.odd);
-                    store(to + 64, _mm256_add_epi8(low, bytes(WordSums<1>::kFlip)));
-                });
-            }
+    PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& table) {
+        each_level<N>(planes, table, [&](int part, int quad, const Deep& w) PLIANT_LAMBDA {
+            const __m256i low = _mm256_sign_epi8(w.lo, w.sign);
+            const Words both(_mm256_sign_epi8(w.hi, w.sign), low);
+            uint8_t* to = words + (part * kQuads + quad) * 3 * 32;
+            store(to, both.even);
+            store(to + 32, both.odd);
+            store(to + 64, _mm256_add_epi8(low, bytes(WordSums<1>::kFlip)));
+        });
     }
 
     [[gnu::noinline]] void multiply(const float* factors, const __m256* step, float* sums) const {

@@ -2,7 +2,6 @@
 // instruction set (see simd.h).
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "kernels.h"
 #include "lanes.h"
@@ -42,10 +41,9 @@ void prepare_one(const Preparing& p, int t) {
 
         const size_t at = p.out->at(g, p.first + t);
         const bool coded = can_be_coded(peak);
-        const V factor = set1(coded ? kTop / peak : 0.0f);
-        alignas(64) int32_t q[kGroup] = {};
-        if (coded)
-            for (int i = 0; i < 4; ++i) store_int(q + 16 * i, mul(v[i], factor));
+        alignas(64) int32_t q[kGroup];
+        const V factor = set1(kTop / peak);
+        for (int i = 0; i < 4; ++i) store_int(q + 16 * i, coded ? mul(v[i], factor) : zero());
         p.out->scale[at] = scale_of(peak);
         if (p.narrow) {
             int8_t* narrow = p.out->narrow + at * kGroup;

@@ -25,18 +25,10 @@ inline constexpr int kWorthwhile = 6;  // tokens from which on this is faster th
 
 PLIANT_INLINE Lanes load_lanes(const float* p) { return load(p); }
 PLIANT_INLINE Lanes all_lanes(float x) { return set1(x); }
-
-// Vectors of four lanes each, transposed in each quarter: a[i] lane j <- a[j] lane i.
-PLIANT_INLINE void transpose_parts(Lanes (&v)[4]) {
-    const __m512 low0 = _mm512_unpacklo_ps(v[0].v, v[1].v);
-    const __m512 high0 = _mm512_unpackhi_ps(v[0].v, v[1].v);
-    const __m512 low1 = _mm512_unpacklo_ps(v[2].v, v[3].v);
-    const __m512 high1 = _mm512_unpackhi_ps(v[2].v, v[3].v);
-    v[0].v = _mm512_shuffle_ps(low0, low1, 0x44);
-    v[1].v = _mm512_shuffle_ps(low0, low1, 0xEE);
-    v[2].v = _mm512_shuffle_ps(high0, high1, 0x44);
-    v[3].v = _mm512_shuffle_ps(high0, high1, 0xEE);
-}
+PLIANT_INLINE Lanes unpack_low(Lanes a, Lanes b) { return {_mm512_unpacklo_ps(a.v, b.v)}; }
+PLIANT_INLINE Lanes unpack_high(Lanes a, Lanes b) { return {_mm512_unpackhi_ps(a.v, b.v)}; }
+PLIANT_INLINE Lanes low_pairs(Lanes a, Lanes b) { return {_mm512_shuffle_ps(a.v, b.v, 0x44)}; }
+PLIANT_INLINE Lanes high_pairs(Lanes a, Lanes b) { return {_mm512_shuffle_ps(a.v, b.v, 0xEE)}; }
 
 // Four channels of every fourth token; row(i): where those of token i begin.
 template <typename F>
@@ -59,30 +51,29 @@ PLIANT_INLINE void store(float* p, Lanes a) { _mm256_storeu_ps(p, a.v); }
 PLIANT_INLINE Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.v, b.v)}; }
 PLIANT_INLINE Lanes sub(Lanes a, Lanes b) { return {_mm256_sub_ps(a.v, b.v)}; }
 PLIANT_INLINE Lanes mul(Lanes a, Lanes b) { return {_mm256_mul_ps(a.v, b.v)}; }
-PLIANT_INLINE Lanes abs(Lanes a) {
-    return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)))};
-}
-PLIANT_INLINE Lanes max_bits(Lanes a, Lanes b) {
-    return {
-        _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)))};
-}
+PLIANT_INLINE Lanes abs(Lanes a) { return {abs(a.v)}; }
+PLIANT_INLINE Lanes max_bits(Lanes a, Lanes b) { return {max_bits(a.v, b.v)}; }
+PLIANT_INLINE Lanes unpack_low(Lanes a, Lanes b) { return {_mm256_unpacklo_ps(a.v, b.v)}; }
+PLIANT_INLINE Lanes unpack_high(Lanes a, Lanes b) { return {_mm256_unpackhi_ps(a.v, b.v)}; }
+PLIANT_INLINE Lanes low_pairs(Lanes a, Lanes b) { return {_mm256_shuffle_ps(a.v, b.v, 0x44)}; }
+PLIANT_INLINE Lanes high_pairs(Lanes a, Lanes b) { return {_mm256_shuffle_ps(a.v, b.v, 0xEE)}; }
 
-PLIANT_INLINE void transpose_parts(Lanes (&v)[4]) {
-    const __m256 low0 = _mm256_unpacklo_ps(v[0].v, v[1].v);
-    const __m256 high0 = _mm256_unpackhi_ps(v[0].v, v[1].v);
-    const __m256 low1 = _mm256_unpacklo_ps(v[2].v, v[3].v);
-    const __m256 high1 = _mm256_unpackhi_ps(v[2].v, v[3].v);
-    v[0].v = _mm256_shuffle_ps(low0, low1, 0x44);
-    v[1].v = _mm256_shuffle_ps(low0, low1, 0xEE);
-    v[2].v = _mm256_shuffle_ps(high0, high1, 0x44);
-    v[3].v = _mm256_shuffle_ps(high0, high1, 0xEE);
-}
 template <typename F>
 PLIANT_INLINE Lanes load_parts(int first, F&& row) {
     const __m256 a = _mm256_castps128_ps256(_mm_loadu_ps(row(first)));
     return {_mm256_insertf128_ps(a, _mm_loadu_ps(row(first + 4)), 1)};
 }
 #endif
+
+// Vectors of four lanes each, transposed in each part of 16 bytes: v[i] lane j <- v[j] lane i.
+PLIANT_INLINE void transpose_parts(Lanes (&v)[4]) {
+    const Lanes low0 = unpack_low(v[0], v[1]), high0 = unpack_high(v[0], v[1]);
+    const Lanes low1 = unpack_low(v[2], v[3]), high1 = unpack_high(v[2], v[3]);
+    v[0] = low_pairs(low0, low1);
+    v[1] = high_pairs(low0, low1);
+    v[2] = low_pairs(high0, high1);
+    v[3] = high_pairs(high0, high1);
+}
 
 // x[token][columns], rows `stride` apart, to to[columns][kTokens], aligned to 64. Where there are
 // fewer tokens the last one is repeated. change(channel, vector): what becomes of it on the way.
@@ -137,7 +128,7 @@ class LaneCoder {
     }
 
   private:
-    // Of step and half a step.
+    // Whole numbers and half a `step`, in the low bits.
     PLIANT_INLINE __m512i rounded(const float* x, int step) const {
         return _mm512_castps_si512(
             _mm512_add_ps(_mm512_maskz_mul_ps(coded_, _mm512_load_ps(x), factor_),

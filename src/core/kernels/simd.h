@@ -176,17 +176,14 @@ inline unsigned lanes_below(V x, float limit) {
     };
     return part(x.a) | part(x.b) << 8;
 }
-inline V abs(V x) {
-    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
+inline __m256 abs(__m256 x) {
+    return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
 }
-inline V max_bits(V x, V y) {
-    const auto part = [](__m256 p, __m256 q) {
-        return _mm256_castsi256_ps(
-            _mm256_max_epi32(_mm256_castps_si256(p), _mm256_castps_si256(q)));
-    };
-    return {part(x.a, y.a), part(x.b, y.b)};
+inline V abs(V x) { return {abs(x.a), abs(x.b)}; }
+inline __m256 max_bits(__m256 x, __m256 y) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
 }
+inline V max_bits(V x, V y) { return {max_bits(x.a, y.a), max_bits(x.b, y.b)}; }
 inline V load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};

@@ -27,12 +27,13 @@ PLIANT_INLINE void add_scaled(__m256 value, __m256 step, __m256 factor, float* s
                     _mm256_fmadd_ps(_mm256_mul_ps(value, step), factor, _mm256_load_ps(sums)));
 }
 
-// The sums of T tokens and two parts; of two neighbouring quads of columns at once if Pair. Members
-// of nested structs become registers; elements of arrays that live through a loop stay in memory.
-template <typename Dot, bool Pair, int T>
+// The sums of T tokens and two parts, of two neighbouring quads of columns at once where Dot takes
+// pairs. Members of nested structs become registers; elements of arrays that live through a loop
+// stay in memory.
+template <typename Dot, int T>
 struct Sums {
     __m256i sum0, sum1;
-    Sums<Dot, Pair, T - 1> rest;
+    Sums<Dot, T - 1> rest;
 
     PLIANT_INLINE void start(const int32_t* from) {
         sum0 = sum1 = _mm256_set1_epi32(*from);
@@ -40,7 +41,7 @@ struct Sums {
     }
     PLIANT_INLINE void add(const int8_t* at, const __m256i* w) {
         const __m256i x = broadcast(at);
-        if constexpr (Pair) {
+        if constexpr (Dot::kPairs) {
             const __m256i y = broadcast(at + 4);
             Dot::add(sum0, w[0], w[2], x, y);
             Dot::add(sum1, w[1], w[3], x, y);
@@ -57,8 +58,8 @@ struct Sums {
         rest.finish(factors + 1, step, sums + kSupertile);
     }
 };
-template <typename Dot, bool Pair>
-struct Sums<Dot, Pair, 0> {
+template <typename Dot>
+struct Sums<Dot, 0> {
     PLIANT_INLINE void start(const int32_t*) {}
     PLIANT_INLINE void add(const int8_t*, const __m256i*) {}
     PLIANT_INLINE void finish(const float*, const __m256*, float*) const {}
