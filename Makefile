@@ -3,6 +3,7 @@
 # make lint    ruff, mypy --strict, clang-format
 # make bench   speed of the demo's pack beside the bandwidth of this machine
 # make sanitize  tests of the C++ core with address and undefined-behaviour sanitizers
+# make races     tests that run several threads, with the sanitizer for data races
 # Everything lives in .venv, build/ and packs/; make clean removes it.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ TORCH ?= torch==2.13.0
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -path '*/__pycache__/*' -not -name '*.so')
 DEMO := packs/smollm2
 
-.PHONY: demo test lint format bench sanitize docs clean
+.PHONY: demo test lint format bench sanitize races docs clean
 .DELETE_ON_ERROR:
 
 .venv/.python:
@@ -64,21 +65,36 @@ format: .venv/.lint
 bench: .venv/.pliant $(DEMO)/pliant.json
 	$(BIN)/pliant bench $(DEMO)
 
+define build_sanitized
+	cmake -S . -B build/$@ -DPLIANT_SANITIZE=$(KIND) -DCMAKE_BUILD_TYPE=Release \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
+	cmake --build build/$@ -j $$(nproc)
+	rm -rf build/$@/site && mkdir -p build/$@/site
+	cp -r src/pliant build/$@/site/ && cp build/$@/_core*.so build/$@/site/pliant/
+endef
+SANITIZED = PYTHONPATH=build/$@/site $(BIN)/python -m pytest --capture=sys -m "not resident"
+
 # The C++ core with address and undefined-behaviour sanitizers, under the tests that reach it: every kernel
 # that the processor has, the tokenizer, the sampler, the cache, and broken packs and files. It ends at the
 # first finding. Output is captured from Python alone, so that what a sanitizer says at the end is seen.
-SANITIZED := executor parking kv_window broken_packs tokenizer sampling scheduler cache store store_fuzz
+BROKEN := executor parking kv_window broken_packs tokenizer sampling scheduler cache store store_fuzz
+sanitize: KIND = address,undefined
 sanitize: .venv/.depends
-	cmake -S . -B build/sanitize -DPLIANT_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
-	cmake --build build/sanitize -j $$(nproc)
-	rm -rf build/sanitize/site && mkdir -p build/sanitize/site
-	cp -r src/pliant build/sanitize/site/ && cp build/sanitize/_core*.so build/sanitize/site/pliant/
+	$(build_sanitized)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	  PYTHONPATH=build/sanitize/site $(BIN)/python -m pytest --capture=sys -m "not resident" \
-	  $(SANITIZED:%=tests/test_%.py)
+	  $(SANITIZED) $(BROKEN:%=tests/test_%.py)
+
+# The same for data races: steps with several threads, budgets that move beside them, servers. The sanitizer
+# needs addresses where it expects them, and does not see how the threads of OpenBLAS wait for each other.
+RACING := budget early scheduler cache kv parking park engine executor server
+races: KIND = thread
+races: .venv/.depends
+	$(build_sanitized)
+	setarch -R env LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" OPENBLAS_NUM_THREADS=1 \
+	  TSAN_OPTIONS=halt_on_error=1:history_size=7:suppressions=tests/races.supp \
+	  $(SANITIZED) $(RACING:%=tests/test_%.py)
 
 docs: .venv/.pliant
 	$(BIN)/python -m pliant.cli.document > docs/cli.md

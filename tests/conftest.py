@@ -25,8 +25,8 @@ from pliant.sizes import MIB
 if TYPE_CHECKING:
     from packs import Reader
 
-SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
-"""Whether `make sanitize` runs this: its allocator keeps freed memory, and a shadow of all."""
+SANITIZED = any(name in os.environ.get("LD_PRELOAD", "") for name in ("libasan", "libtsan"))
+"""Whether `make sanitize` or `make races` runs this: they keep freed memory, and a shadow of all."""
 
 
 def audit(model: Model, alone: bool = True) -> None:

