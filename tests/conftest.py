@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from packs import Reader
 
 SANITIZED = any(name in os.environ.get("LD_PRELOAD", "") for name in ("libasan", "libtsan"))
-"""Whether `make sanitize` or `make races` runs this: they keep freed memory, and a shadow of all."""
+"""Whether `make sanitize` or `make races` runs this, with freed memory kept and a shadow of all."""
 
 
 def audit(model: Model, alone: bool = True) -> None:
