@@ -300,9 +300,7 @@ void init_executor(nb::module_& module) {
                          return bytes;
                      })
         .def_prop_ro("kv_pages_total", [](const Executor& self) { return self.kv.pages_total(); })
-        .def_prop_ro(
-            "kv_pages_used",
-            [](const Executor& self) { return self.kv.pages_total() - self.kv.pages_free(); })
+        .def_prop_ro("kv_pages_used", [](const Executor& self) { return self.kv.pages_used(); })
         .def_prop_ro("kv_used_bytes", [](const Executor& self) { return self.kv.used_bytes(); })
         .def_prop_ro("kv_rung_bytes",
                      [](const Executor& self) {

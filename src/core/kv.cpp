@@ -55,6 +55,7 @@ void KvCache::reserve(int pages) {
     for (int i = 0; i < pages; ++i) free_[static_cast<size_t>(i)] = pages - 1 - i;  // lowest on top
     halves_ = free_;
     used_ = 0;
+    taken_ = 0;
     if (seen_.empty())
         seen_ = kept_ = {static_cast<uint8_t>(ladder.present() ? ladder.rungs() : 0)};
 }
@@ -157,6 +158,7 @@ int KvCache::take() {
     halves_.pop_back();
     touched_[static_cast<size_t>(exact_[at])] = page_bytes_;
     used_ += page_bytes_;
+    ++taken_;
     return page;
 }
 
@@ -171,6 +173,7 @@ void KvCache::release(int page) {
     used_ -= bytes(page);
     drop_exact(page);
     free_.push_back(page);
+    --taken_;
 }
 
 uint8_t* KvCache::slot(int page) const {

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -115,11 +116,13 @@ class KvCache {
 
     int pages_total() const { return pages_; }
     int pages_free() const { return static_cast<int>(free_.size()); }
+    // These two from any thread, also while a step runs.
+    int pages_used() const { return taken_.load(std::memory_order_relaxed); }
+    uint64_t used_bytes() const { return used_.load(std::memory_order_relaxed); }
     // Of an exact page, and of one without its local layers.
     uint64_t page_bytes(bool whole = true) const { return whole ? page_bytes_ : global_bytes_; }
     // Bytes of a page in use: its slot, or its exact half.
     uint64_t bytes(int page) const;
-    uint64_t used_bytes() const { return used_; }  // of all pages in use
     uint64_t touched_bytes() const;
     // Gives the memory of pages that nobody uses back to the kernel; returns the bytes.
     uint64_t trim();
@@ -164,14 +167,16 @@ class KvCache {
     int pages_ = 0;
     std::vector<uint8_t> seen_, kept_;  // by age
     int kept_whole_ = -1;
-    uint64_t used_ = 0, limit_ = 0;
-    Arena arena_, slots_;      // exact pages, and coded ones
-    std::vector<int> free_;    // pages
-    std::vector<int> halves_;  // free exact halves
-    std::vector<int> users_;   // of each page
-    std::vector<int> exact_;   // of each page: its exact half, or -1
-    std::vector<int> rungs_;   // of each page: 0 unless coded
-    std::vector<bool> whole_;  // of each page: whether it has its local layers
+    uint64_t limit_ = 0;
+    std::atomic<uint64_t> used_{0};  // bytes of all pages in use
+    std::atomic<int> taken_{0};      // how many they are
+    Arena arena_, slots_;            // exact pages, and coded ones
+    std::vector<int> free_;          // pages
+    std::vector<int> halves_;        // free exact halves
+    std::vector<int> users_;         // of each page
+    std::vector<int> exact_;         // of each page: its exact half, or -1
+    std::vector<int> rungs_;         // of each page: 0 unless coded
+    std::vector<bool> whole_;        // of each page: whether it has its local layers
     // Of each exact half, and of each slot: bytes that hold memory.
     std::vector<uint64_t> touched_, slot_touched_;
     std::vector<Sequence> sequences_;
