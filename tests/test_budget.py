@@ -533,6 +533,7 @@ def test_parked_files_have_no_name_and_are_closed(pack: Path, tmp_path: Path) ->
         del os.environ["TMPDIR"]
 
 
+@pytest.mark.resident
 def test_eight_answers_go_on_while_the_budget_walks(pack: Path) -> None:
     """The shape of benchmarks/budget.py in small: counts, and no times."""
     with pliant.load(pack, context=128, sessions=8) as model:
@@ -574,6 +575,7 @@ def test_eight_answers_go_on_while_the_budget_walks(pack: Path) -> None:
         target = (least + most) // 2
         model.resize(weights=target)
         logits = model.logits([1, 2, 3, 4, 5])
+        assert model.audit().ok
     with pliant.load(pack, weights=target) as fresh:
         assert np.array_equal(fresh.logits([1, 2, 3, 4, 5]), logits)
 

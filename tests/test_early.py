@@ -146,6 +146,7 @@ def test_closing_when_the_rest_has_just_come_is_no_failure() -> None:
     assert not lines
 
 
+@pytest.mark.resident
 def test_the_core_ends_at_the_same_logits(tmp_path: Path) -> None:
     path = write_tiny_pack(tmp_path / "tiny.pack")
     ids = [1, 2, 3, 4]
@@ -157,6 +158,7 @@ def test_the_core_ends_at_the_same_logits(tmp_path: Path) -> None:
             assert model.change.wait(20)
         assert model.depth.rungs == most.rungs
         np.testing.assert_array_equal(model.logits(ids), expected)
+        assert model.audit().ok
 
 
 def wait_for_reading_ahead() -> None:

@@ -503,6 +503,7 @@ def test_budgets_walk_while_answers_are_made(answers: pliant.Model) -> None:
     assert not errors
     assert {len(result.tokens) for result in results} == {100}
     assert len(levels) > 1
+    assert answers.audit().ok
 
 
 @settings(

@@ -205,6 +205,7 @@ def test_a_smaller_budget_keeps_what_it_has_time_for(tiny: Path, tmp_path: Path)
         assert (park.kept, park.lost) == (before, 6)
 
 
+@pytest.mark.resident
 def test_a_session_gives_its_pages_back_and_goes_on(tiny: Path, tmp_path: Path) -> None:
     """Sessions share pages where beginnings stay, and turn back to whole pages then."""
     ids = some(200)
@@ -221,6 +222,7 @@ def test_a_session_gives_its_pages_back_and_goes_on(tiny: Path, tmp_path: Path) 
             assert fresh.rewind([*ids[:70], 5]) == 70  # on disk it has its pages for itself
             fresh.feed([5])
         assert model._executor.kv_pages_used == model._holdings.cache.prefixes.idle == 6
+        assert model.audit().ok
 
 
 def test_a_level_that_falls_spoils_no_page(tiny: Path) -> None:

@@ -39,7 +39,7 @@ KvCache::KvCache(const ModelSpec& model)
 
 void KvCache::reserve(int pages) {
     if (pages < 0) throw UsageError("a negative number of KV pages");
-    if (pages_free() != pages_) throw EngineError("the KV pool cannot be resized while in use");
+    if (pages_used() != 0) throw EngineError("the KV pool cannot be resized while in use");
     arena_ = Arena(page_bytes_ * static_cast<uint64_t>(pages));
     slots_ = ladder.present() ? Arena(ladder.bytes(ladder.rungs()) * static_cast<uint64_t>(pages))
                               : Arena();
@@ -55,7 +55,6 @@ void KvCache::reserve(int pages) {
     for (int i = 0; i < pages; ++i) free_[static_cast<size_t>(i)] = pages - 1 - i;  // lowest on top
     halves_ = free_;
     used_ = 0;
-    taken_ = 0;
     if (seen_.empty())
         seen_ = kept_ = {static_cast<uint8_t>(ladder.present() ? ladder.rungs() : 0)};
 }

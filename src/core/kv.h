@@ -115,7 +115,7 @@ class KvCache {
     int value_stride() const { return value_stride_; }
 
     int pages_total() const { return pages_; }
-    int pages_free() const { return static_cast<int>(free_.size()); }
+    int pages_free() const { return pages_ - pages_used(); }
     // These two from any thread, also while a step runs.
     int pages_used() const { return taken_.load(std::memory_order_relaxed); }
     uint64_t used_bytes() const { return used_.load(std::memory_order_relaxed); }
