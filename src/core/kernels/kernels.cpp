@@ -33,11 +33,12 @@ bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c");
 }
-bool has_avx512() {
+bool has_avx512bw() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512vnni() { return has_avx512bw() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512() { return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi"); }
 #endif
 
 #if defined(PLIANT_AVX_VNNI)
@@ -87,6 +88,26 @@ const Kernels* avx_vnni_kernels() {
 #endif
 }
 
+const Kernels* avx512bw_kernels() {
+#if defined(__x86_64__)
+    static const Kernels kernels =
+        make("avx512bw", avx512::fill_ops, avx512bw::coded_product, avx512bw::page_product);
+    return has_avx512bw() ? &kernels : nullptr;
+#else
+    return nullptr;
+#endif
+}
+
+const Kernels* avx512vnni_kernels() {
+#if defined(__x86_64__)
+    static const Kernels kernels =
+        make("avx512vnni", avx512::fill_ops, avx512vnni::coded_product, avx512vnni::page_product);
+    return has_avx512vnni() ? &kernels : nullptr;
+#else
+    return nullptr;
+#endif
+}
+
 const Kernels* avx512_kernels() {
 #if defined(__x86_64__)
     static const Kernels kernels =
@@ -109,8 +130,9 @@ const Kernels* amx_kernels() {
 }
 
 // Best first; null where this machine cannot.
-static std::array<const Kernels*, 5> all_kernels() {
-    return {amx_kernels(), avx512_kernels(), avx_vnni_kernels(), avx2_kernels(), &plain_kernels()};
+static std::array<const Kernels*, 7> all_kernels() {
+    return {amx_kernels(),      avx512_kernels(), avx512vnni_kernels(), avx512bw_kernels(),
+            avx_vnni_kernels(), avx2_kernels(),   &plain_kernels()};
 }
 
 std::vector<std::string> usable_isas() {

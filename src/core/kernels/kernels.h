@@ -247,6 +247,8 @@ struct Kernels {
 const Kernels& plain_kernels();
 const Kernels* avx2_kernels();  // null if not compiled for this machine or not supported by it
 const Kernels* avx_vnni_kernels();
+const Kernels* avx512bw_kernels();
+const Kernels* avx512vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* amx_kernels();
 

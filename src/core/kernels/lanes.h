@@ -167,8 +167,9 @@ PLIANT_INLINE void exchange_quarters(__m512 (&a)[4]) {
 template <bool Full>
 PLIANT_INLINE void write_bytes(const LaneBytes (&v)[kGroup / 4], int count, int8_t* out,
                                int32_t* sums) {
-    __m512i sum = _mm512_setzero_si512();
-    for (const __m512i& part : v) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), part);
+    __m512i pairs = _mm512_setzero_si512();
+    for (const __m512i& part : v)
+        pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(_mm512_set1_epi8(1), part));
     Lanes a[4][4];  // [vector / 4][vector % 4], then [vector / 4][token % 4]
     for (int i = 0; i < kGroup / 4; ++i) a[i / 4][i % 4].v = _mm512_castsi512_ps(v[i]);
     for (auto& four : a) transpose_parts(four);
@@ -178,7 +179,8 @@ PLIANT_INLINE void write_bytes(const LaneBytes (&v)[kGroup / 4], int count, int8
         for (int i = 0; i < 4; ++i)
             if (Full || 4 * i + e < count) _mm512_store_ps(out + (4 * i + e) * kGroup, row[i]);
     }
-    _mm512_mask_storeu_epi32(sums, static_cast<__mmask16>((1u << count) - 1), sum);
+    _mm512_mask_storeu_epi32(sums, static_cast<__mmask16>((1u << count) - 1),
+                             _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 #else
 class LaneCoder {

@@ -43,6 +43,16 @@ void page_product(const PlyProduct& product);
 void coded_product(const CodedProduct& product);
 }  // namespace avxvnni
 
+namespace avx512bw {
+void page_product(const PlyProduct& product);
+void coded_product(const CodedProduct& product);
+}  // namespace avx512bw
+
+namespace avx512vnni {
+void page_product(const PlyProduct& product);
+void coded_product(const CodedProduct& product);
+}  // namespace avx512vnni
+
 namespace avx512 {
 void fill_ops(Kernels& kernels);
 void fill_inputs(Kernels& kernels);

@@ -179,7 +179,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--isa",
-        choices=("auto", "amx", "avx512", "avxvnni", "avx2", "plain"),
+        choices=("auto", "amx", "avx512", "avx512vnni", "avx512bw", "avxvnni", "avx2", "plain"),
         default="auto",
         help="kernels to compute with (default: the best that this CPU has)",
     )

@@ -1,33 +1,34 @@
-// Products with pages of the KV cache in plies, in vectors of 32 bytes.
+// Products with pages of the KV cache in plies, with levels looked up with shuffles.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
 
 #include "ops.h"
-#include "sums_256.h"
+#include "sums_shuffle.h"
 
-namespace pliant::avx2 {
+namespace pliant::PLIANT_BYTES {
 
 // Inputs of pages have 8 bits.
 template <typename Dot, int N>
 using ForPage = std::conditional_t<(N <= kSmallDepth), typename Dot::Small, Dot>;
 
-// Sums of Q vectors with 16 rows of a unit of a page, in two parts.
+// Sums of Q vectors with two parts of a unit of a page.
 template <typename Dot, bool Positive, int N, int Q>
 struct PageSums {
-    __m256i sum0, sum1;
+    B sum0, sum1;
     PageSums<Dot, Positive, N, Q - 1> rest;
 
     PLIANT_INLINE void start(const int32_t* sums) {
         if constexpr (Positive)
-            sum0 = sum1 = _mm256_setzero_si256();
+            sum0 = sum1 = bytes(0);
         else
-            sum0 = sum1 = _mm256_set1_epi32(ForPage<Dot, N>::start(*sums));
+            sum0 = sum1 = integers(ForPage<Dot, N>::start(*sums));
         rest.start(sums + 1);
     }
-    PLIANT_INLINE void add(__m256i w0, __m256i w1, const int8_t* at) {
-        const __m256i x = broadcast(at);
+    PLIANT_INLINE void add(B w0, B w1, const int8_t* at) {
+        const B x = broadcast(at);
         if constexpr (Positive) {
             Dot::add_positive(sum0, w0, x);
             Dot::add_positive(sum1, w1, x);
@@ -38,19 +39,19 @@ struct PageSums {
         rest.add(w0, w1, at + kHalf);
     }
     PLIANT_INLINE void write(int32_t* out) const {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), sum0);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + kPart), sum1);
+        store(out, sum0);
+        store(out + kPart, sum1);
         rest.write(out + kHalf);
     }
 };
 template <typename Dot, bool Positive, int N>
 struct PageSums<Dot, Positive, N, 0> {
     PLIANT_INLINE void start(const int32_t*) {}
-    PLIANT_INLINE void add(__m256i, __m256i, const int8_t*) {}
+    PLIANT_INLINE void add(B, B, const int8_t*) {}
     PLIANT_INLINE void write(int32_t*) const {}
 };
 
-constexpr int kPageVectors = 4;  // whose sums of 16 rows fit into registers
+constexpr int kPageVectors = 4;  // at once; their sums fit into 16 registers
 
 // Q vectors from `first` on, with all pages.
 template <typename Dot, bool Positive, int N, int Q>
@@ -80,17 +81,16 @@ template <typename Dot>
 void multiply_pages(const PlyProduct& p) {
     using Some = void (*)(const PlyProduct&, int);
     with_depth(p.depth, [&]<int N>() {
-        static constexpr Some kSigned[] = {
-            page_vectors<Dot, false, N, 1>, page_vectors<Dot, false, N, 2>,
-            page_vectors<Dot, false, N, 3>, page_vectors<Dot, false, N, 4>};
-        static constexpr Some kPositive[] = {
-            page_vectors<Dot, true, N, 1>, page_vectors<Dot, true, N, 2>,
-            page_vectors<Dot, true, N, 3>, page_vectors<Dot, true, N, 4>};
+        static constexpr auto kSome = []<int... Q>(std::integer_sequence<int, Q...>) {
+            return std::array<std::array<Some, kPageVectors>, 2>{
+                std::array<Some, kPageVectors>{page_vectors<Dot, false, N, Q + 1>...},
+                std::array<Some, kPageVectors>{page_vectors<Dot, true, N, Q + 1>...}};
+        }(std::make_integer_sequence<int, kPageVectors>{});
         for (int first = 0; first < p.vectors; first += kPageVectors) {
             const int last = std::min(p.vectors - first, kPageVectors) - 1;
-            (p.sum == nullptr ? kPositive : kSigned)[last](p, first);
+            kSome[p.sum == nullptr][static_cast<size_t>(last)](p, first);
         }
     });
 }
 
-}  // namespace pliant::avx2
+}  // namespace pliant::PLIANT_BYTES

@@ -3,9 +3,9 @@
 
 #include "ops.h"
 #include "scout.h"
-#include "sums_256.h"
+#include "sums_shuffle.h"
 
-namespace pliant::avx2 {
+namespace pliant::PLIANT_BYTES {
 
 // f<T>(t) for all tokens from t = 0 on, Block at a time.
 template <int Block, typename F>
@@ -17,10 +17,10 @@ PLIANT_INLINE void in_blocks(int tokens, F&& f) {
     });
 }
 
-// f(part, quad, levels of 8 rows × 4 columns) for a group of a supertile.
+// f(part, quad, levels of the rows of a part × 4 columns) for a group of a supertile.
 template <int N, typename F>
 PLIANT_INLINE void each_level(const uint8_t* const* planes, const Levels<N>& levels, F&& f) {
-    for (int part = 0; part < 4; ++part)
+    for (int part = 0; part < kParts; ++part)
         for (int h = 0; h < 2; ++h) {
             const Bits<N> bits(planes, place(part, h));
             repeat<8>([&]<int j>()
@@ -30,7 +30,7 @@ PLIANT_INLINE void each_level(const uint8_t* const* planes, const Levels<N>& lev
 
 // A decoded group of a supertile, and its products with many tokens, which are added to
 // sums[token][32]; in functions of their own, so that their sums have all registers. Bytes: [16
-// quads of columns][4 parts][8 rows][4 columns].
+// quads of columns][32 rows][4 columns].
 template <typename Dot, int N>
 struct NarrowBytes {
     using Kind = For<Dot, N>;
@@ -48,27 +48,27 @@ struct NarrowBytes {
             starts[t] = Kind::start(p.x->sum_narrow[first + static_cast<size_t>(t)]);
     }
     PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& table) {
-        each_level<N>(planes, table, [&](int part, int quad, __m256i w) PLIANT_LAMBDA {
-            store(levels + quad * 128 + 32 * part, w);
+        each_level<N>(planes, table, [&](int part, int quad, B w) PLIANT_LAMBDA {
+            store(levels + quad * 4 * kSupertile + kBytes * part, w);
         });
     }
-    [[gnu::noinline]] void multiply(const float* factors, const __m256* step, float* sums) const {
+    [[gnu::noinline]] void multiply(const float* factors, const F* step, float* sums) const {
         constexpr int kStep = Kind::kPairs ? 2 : 1;  // quads at once
-        for (int half = 0; half < 2; ++half)
+        for (int part = 0; part < kParts; part += 2)
             in_blocks<Dot::kTokens>(p.tokens, [&]<int T>(int t) PLIANT_LAMBDA {
                 Sums<Kind, T> sum;
                 sum.start(starts + t);
                 const int8_t* from = x + t * kGroup;
-                const uint8_t* at = levels + 64 * half;
+                const uint8_t* at = levels + kBytes * part;
                 for (int quad = 0; quad < kQuads; quad += kStep, from += 4 * kStep) {
-                    __m256i w[2 * kStep];
-                    for (int i = 0; i < kStep; ++i, at += 128) {
+                    B w[2 * kStep];
+                    for (int i = 0; i < kStep; ++i, at += 4 * kSupertile) {
                         w[2 * i] = load(at);
-                        w[2 * i + 1] = load(at + 32);
+                        w[2 * i + 1] = load(at + kBytes);
                     }
                     sum.add(from, w);
                 }
-                sum.finish(factors + t, step + 2 * half, sums + t * kSupertile + 2 * kPart * half);
+                sum.finish(factors + t, step + part, sums + t * kSupertile + kPart * part);
             });
     }
 };
@@ -84,26 +84,27 @@ struct WideBytes {
     explicit WideBytes(const Strip& strip) : p(strip.p) {}
     void begin(int group) { first = p.x->at(group, 0); }
     PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& table) {
-        const __m256i flip = bytes(kFlip);
+        const B flip = bytes(kFlip);
         each_level<N>(planes, table, [&](int part, int quad, const Deep& w) PLIANT_LAMBDA {
-            const int at = quad * 128 + 32 * part;
-            store(high + at, _mm256_add_epi8(_mm256_sign_epi8(w.hi, w.sign), flip));
-            store(low + at, _mm256_add_epi8(_mm256_sign_epi8(w.lo, w.sign), flip));
+            const int at = quad * 4 * kSupertile + kBytes * part;
+            store(high + at, add_bytes(negated(w.hi, w.sign), flip));
+            store(low + at, add_bytes(negated(w.lo, w.sign), flip));
         });
     }
-    [[gnu::noinline]] void multiply(const float* factors, const __m256* step, float* sums) const {
-        for (int half = 0; half < 2; ++half)
+    [[gnu::noinline]] void multiply(const float* factors, const F* step, float* sums) const {
+        for (int part = 0; part < kParts; part += 2)
             in_blocks<Dot::kTokens / 2>(p.tokens, [&]<int T>(int t) PLIANT_LAMBDA {
                 const size_t token = first + static_cast<size_t>(t);
                 const int8_t *xh = p.x->hi + token * kGroup, *xl = p.x->lo + token * kGroup;
                 WideSums<Dot, T> sum;
                 sum.start(p.x->sum_hi + token, p.x->sum_lo + token);
-                for (int at = 64 * half; at < kSupertile * kGroup; at += 128, xh += 4, xl += 4) {
-                    const __m256i w[] = {load(high + at), load(high + at + 32)};
-                    const __m256i l[] = {load(low + at), load(low + at + 32)};
+                for (int at = kBytes * part; at < kSupertile * kGroup;
+                     at += 4 * kSupertile, xh += 4, xl += 4) {
+                    const B w[] = {load(high + at), load(high + at + kBytes)};
+                    const B l[] = {load(low + at), load(low + at + kBytes)};
                     sum.add(xh, xl, w, l);
                 }
-                sum.finish(factors + t, step + 2 * half, sums + t * kSupertile + 2 * kPart * half);
+                sum.finish(factors + t, step + part, sums + t * kSupertile + kPart * part);
             });
     }
 };
@@ -114,13 +115,10 @@ struct WideBytes {
 
 // Four bytes of each row, as 16 · high + low: those of columns 0 and 2, and those of 1 and 3.
 struct Words {
-    __m256i even, odd;
-    PLIANT_INLINE Words(__m256i high, __m256i low)
-        : even(_mm256_add_epi16(_mm256_srai_epi16(_mm256_slli_epi16(high, 8), 4),
-                                _mm256_srai_epi16(_mm256_slli_epi16(low, 8), 8))),
-          odd(_mm256_add_epi16(
-              _mm256_srai_epi16(_mm256_and_si256(high, _mm256_set1_epi16(-256)), 4),
-              _mm256_srai_epi16(low, 8))) {}
+    B even, odd;
+    PLIANT_INLINE Words(B high, B low)
+        : even(add_words(words_right<4>(words_left<8>(high)), words_right<8>(words_left<8>(low)))),
+          odd(add_words(words_right<4>(high & words(-256)), words_right<8>(low))) {}
 };
 
 // The sums of T tokens and a part.
@@ -128,44 +126,45 @@ template <int T>
 struct WordSums {
     static constexpr int kFlip = kMostLow + 1;  // is added to lo
     static constexpr int kFit = 8;              // products of lo and xl into 16 bits
-    __m256i sum, low = _mm256_setzero_si256();
+    B sum, low = bytes(0);
     WordSums<T - 1> rest;
 
     PLIANT_INLINE void start(const int32_t* sum_lo) {
-        sum = _mm256_set1_epi32(kFlip * *sum_lo);
+        sum = integers(kFlip * *sum_lo);
         rest.start(sum_lo + 1);
     }
-    PLIANT_INLINE void add(const int32_t* x, const int8_t* xl, const __m256i* w) {
-        add32(sum, _mm256_madd_epi16(w[0], _mm256_set1_epi32(x[0])));
-        add32(sum, _mm256_madd_epi16(w[1], _mm256_set1_epi32(x[kQuads])));
-        add16(low, _mm256_maddubs_epi16(w[2], broadcast(xl)));
+    PLIANT_INLINE void add(const int32_t* x, const int8_t* xl, const B* w) {
+        add32(sum, word_products(w[0], integers(x[0])));
+        add32(sum, word_products(w[1], integers(x[kQuads])));
+        add16(low, pair_products(w[2], broadcast(xl)));
         rest.add(x + 2 * kQuads, xl + kGroup, w);
     }
     PLIANT_INLINE void take_low() {
-        sum = _mm256_sub_epi32(sum, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
-        low = _mm256_setzero_si256();
+        sum = subtract(sum, word_products(low, words(1)));
+        low = bytes(0);
         rest.take_low();
     }
-    PLIANT_INLINE void finish(const float* factors, __m256 step, float* sums) const {
-        const __m256 value =
-            _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(1.0f / (kSixteen * kSixteen)));
-        add_scaled(value, step, _mm256_set1_ps(*factors), sums);
+    PLIANT_INLINE void finish(const float* factors, F step, float* sums) const {
+        const F value = multiply(to_float(sum), all(1.0f / (kSixteen * kSixteen)));
+        add_scaled(value, step, all(*factors), sums);
         rest.finish(factors + 1, step, sums + kSupertile);
     }
 };
 template <>
 struct WordSums<0> {
     PLIANT_INLINE void start(const int32_t*) {}
-    PLIANT_INLINE void add(const int32_t*, const int8_t*, const __m256i*) {}
+    PLIANT_INLINE void add(const int32_t*, const int8_t*, const B*) {}
     PLIANT_INLINE void take_low() {}
-    PLIANT_INLINE void finish(const float*, __m256, float*) const {}
+    PLIANT_INLINE void finish(const float*, F, float*) const {}
 };
 
-// As these, in words: [4 parts][16 quads of columns]: words of even and of odd columns, lo + kFlip.
+// As these, in words: [parts][16 quads of columns]: words of even and of odd columns, lo + kFlip.
 template <int N>
 struct InWords {
     static constexpr int kFlip = 0;
-    alignas(64) uint8_t words[4 * kQuads * 3 * 32];
+    static constexpr int kTokens = kBytes / 8;  // whose sums fit into registers
+    static constexpr int kPlace = 3 * kBytes;
+    alignas(64) uint8_t both[kParts * kQuads * kPlace];
     const CodedProduct& p;
     int32_t* const x;  // [tokens][even, odd][16 quads], behind the sums of the strip
     int g = 0;
@@ -178,9 +177,10 @@ struct InWords {
         g = group;
         for (int t = 0; t < p.tokens; ++t) {
             const size_t at = p.x->at(group, t) * kGroup;
-            for (int half = 0; half < 2; ++half) {
-                const Words w(load(p.x->hi + at + 32 * half), load(p.x->lo + at + 32 * half));
-                int32_t* to = x + 2 * kQuads * t + 8 * half;
+            for (int c = 0; c < kGroup; c += kBytes) {
+                const size_t from = at + static_cast<size_t>(c);
+                const Words w(load(p.x->hi + from), load(p.x->lo + from));
+                int32_t* to = x + 2 * kQuads * t + c / 4;
                 store(to, w.even);
                 store(to + kQuads, w.odd);
             }
@@ -189,29 +189,29 @@ struct InWords {
 
     PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& table) {
         each_level<N>(planes, table, [&](int part, int quad, const Deep& w) PLIANT_LAMBDA {
-            const __m256i low = _mm256_sign_epi8(w.lo, w.sign);
-            const Words both(_mm256_sign_epi8(w.hi, w.sign), low);
-            uint8_t* to = words + (part * kQuads + quad) * 3 * 32;
+            const B low = negated(w.lo, w.sign);
+            const Words both(negated(w.hi, w.sign), low);
+            uint8_t* to = this->both + (part * kQuads + quad) * kPlace;
             store(to, both.even);
-            store(to + 32, both.odd);
-            store(to + 64, _mm256_add_epi8(low, bytes(WordSums<1>::kFlip)));
+            store(to + kBytes, both.odd);
+            store(to + 2 * kBytes, add_bytes(low, bytes(WordSums<1>::kFlip)));
         });
     }
 
-    [[gnu::noinline]] void multiply(const float* factors, const __m256* step, float* sums) const {
+    [[gnu::noinline]] void multiply(const float* factors, const F* step, float* sums) const {
         const size_t first = p.x->at(g, 0);
-        for (int part = 0; part < 4; ++part)
-            in_blocks<4>(p.tokens, [&]<int T>(int t) PLIANT_LAMBDA {
+        for (int part = 0; part < kParts; ++part)
+            in_blocks<kTokens>(p.tokens, [&]<int T>(int t) PLIANT_LAMBDA {
                 const size_t token = first + static_cast<size_t>(t);
-                const uint8_t* from = words + part * kQuads * 3 * 32;
-                const int32_t* both = x + 2 * kQuads * t;
+                const uint8_t* from = both + part * kQuads * kPlace;
+                const int32_t* at = x + 2 * kQuads * t;
                 const int8_t* xl = p.x->lo + token * kGroup;
                 WordSums<T> sum;
                 sum.start(p.x->sum_lo + token);
                 for (int some = 0; some < kQuads; some += WordSums<T>::kFit) {
-                    for (int i = 0; i < WordSums<T>::kFit; ++i, from += 3 * 32, ++both, xl += 4) {
-                        const __m256i w[] = {load(from), load(from + 32), load(from + 64)};
-                        sum.add(both, xl, w);
+                    for (int i = 0; i < WordSums<T>::kFit; ++i, from += kPlace, ++at, xl += 4) {
+                        const B w[] = {load(from), load(from + kBytes), load(from + 2 * kBytes)};
+                        sum.add(at, xl, w);
                     }
                     sum.take_low();
                 }
@@ -220,4 +220,4 @@ struct InWords {
     }
 };
 
-}  // namespace pliant::avx2
+}  // namespace pliant::PLIANT_BYTES

@@ -1,17 +1,17 @@
-// Products with coded matrices in vectors of 32 bytes, in terms of a way to multiply bytes
-// (plies_avx2.h). They go as those for AVX-512 do.
+// Products with coded matrices whose levels are looked up with shuffles, in terms of a way to
+// multiply bytes (dots.h). They go as those with permutes do (coded_avx512.cpp).
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <type_traits>
 
-#include "decoded_256.h"
+#include "decoded_shuffle.h"
 #include "ops.h"
 #include "scout.h"
-#include "sums_256.h"
+#include "sums_shuffle.h"
 
-namespace pliant::avx2 {
+namespace pliant::PLIANT_BYTES {
 
 // The products of T tokens with a group, straight out of its plies.
 template <typename Dot, int N, int T>
@@ -19,7 +19,7 @@ struct FewShallow {
     using Kind = For<Dot, N>;
     const Prepared& x;
     const Table<N> table;
-    __m256i spread[T * kQuads];
+    B spread[T * kQuads];
     int32_t starts[T];
 
     explicit FewShallow(const CodedProduct& p) : x(*p.x), table(levels_of<N>(p, Kind::kFlip)) {}
@@ -35,34 +35,37 @@ struct FewShallow {
     // processor looks ahead as far as its schedulers have room, and must not wait for what it finds
     // there.
     PLIANT_INLINE void add(const Strip& strip, const uint8_t* const* planes, const uint8_t* codes,
-                           __m256 low, __m256 high, const float* factors, float* sums) const {
+                           const Steps& steps, const float* factors, float* sums) const {
         const size_t end = static_cast<size_t>(strip.last - strip.first) * 256;
         Bits<N> first(planes, 0);
         for (size_t at = 0; at < end; codes += 16, sums += T * kSupertile) {
             strip.scout.go(N);
-            for (int part = 0; part < 4; part += 2) {
-                SpreadSums<Kind, T> sum0, sum1;
+            for (int part = 0; part < kParts; part += kBeside) {
+                SpreadSums<Kind, T> sum0;
+                SpreadSums<Kind, kBeside == 2 ? T : 0> sum1;
                 sum0.start(starts);
                 sum1.start(starts);
+                const auto add = [&](auto& sum, const Bits<N>& bits, int h) PLIANT_LAMBDA {
+                    repeat<4>([&]<int j>() PLIANT_LAMBDA {
+                        sum.add(table.template look_up<2 * j>(bits),
+                                table.template look_up<2 * j + 1>(bits), spread + 8 * h + 2 * j);
+                    });
+                };
                 // A loop: all depths together have to fit into the cache of instructions.
-                for (int h = 0; h < 2; ++h) {
-                    const __m256i* const input = spread + 8 * h;
-                    const auto add = [&](auto& sum, const Bits<N>& bits) PLIANT_LAMBDA {
-                        repeat<4>([&]<int j>() PLIANT_LAMBDA {
-                            sum.add(table.template look_up<2 * j>(bits),
-                                    table.template look_up<2 * j + 1>(bits), input + 2 * j);
-                        });
-                    };
-                    const Bits<N> second(planes, at + 32);
-                    add(sum0, first);
-                    const size_t next = at + 64;
+                for (int h = 0; h < 2; h += 2 / kBeside) {
+                    const Bits<N> second(planes, at + kBytes);
+                    add(sum0, first, h);
+                    const size_t next = at + 2 * kBytes;
                     first = Bits<N>(planes, next < end ? next : at);
-                    add(sum1, second);
+                    if constexpr (kBeside == 2)
+                        add(sum1, second, h);
+                    else
+                        add(sum0, second, 1);
                     at = next;
                 }
-                sum0.finish(factors, row_steps(codes, part, low, high), sums + kPart * part);
-                sum1.finish(factors, row_steps(codes, part + 1, low, high),
-                            sums + kPart * (part + 1));
+                sum0.finish(factors, steps.of(codes, part), sums + kPart * part);
+                if constexpr (kBeside == 2)
+                    sum1.finish(factors, steps.of(codes, part + 1), sums + kPart * (part + 1));
             }
         }
     }
@@ -79,11 +82,11 @@ struct FewDeep {
         xl = x.lo + x.at(group, 0) * kGroup;
     }
     PLIANT_INLINE void add(const Strip& strip, const uint8_t* const* planes, const uint8_t* codes,
-                           __m256 low, __m256 high, const float* factors, float* sums) const {
+                           const Steps& steps, const float* factors, float* sums) const {
         const size_t end = static_cast<size_t>(strip.last - strip.first) * 256;
         for (size_t at = 0; at < end; at += 256, codes += 16, sums += T * kSupertile) {
             strip.scout.go(N);
-            for (int part = 0; part < 4; ++part) {
+            for (int part = 0; part < kParts; ++part) {
                 DeepSums<Dot, T> sum;
                 for (int h = 0; h < 2; ++h) {
                     const Bits<N> bits(planes, at + place(part, h));
@@ -92,7 +95,7 @@ struct FewDeep {
                         sum.add(table.template look_up<j>(bits), xh + column, xl + column);
                     });
                 }
-                sum.finish(factors, row_steps(codes, part, low, high), sums + kPart * part);
+                sum.finish(factors, steps.of(codes, part), sums + kPart * part);
             }
         }
     }
@@ -105,7 +108,7 @@ void multiply(const Strip& strip, const Run& run) {
     using Few = std::conditional_t<N >= kWideDepth, FewDeep<Dot, N, T>, FewShallow<Dot, N, T>>;
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
-    const __m256 low = _mm256_load_ps(p.levels->steps), high = _mm256_load_ps(p.levels->steps + 8);
+    const Steps steps(p.levels->steps);
     Few few(p);
     for (int g = run.first, end = g + run.count; g < end; ++g) {
         few.begin(g);
@@ -115,11 +118,11 @@ void multiply(const Strip& strip, const Run& run) {
             block.codes[static_cast<size_t>(g)] + static_cast<size_t>(strip.first) * 16;
         const uint8_t* planes[N];
         planes_of<N>(block, g, strip.first, planes);
-        few.add(strip, planes, codes, low, high, factors, strip.sums);
+        few.add(strip, planes, codes, steps, factors, strip.sums);
     }
 }
 
-constexpr int kFew = 4;  // tokens for which plies are not decoded to memory first
+constexpr int kFew = kBytes / 8;  // tokens for which plies are not decoded to memory first
 
 template <typename Dot, int N>
 void few_tokens(const Strip& strip, const Run& run) {
@@ -139,11 +142,11 @@ void many_tokens(const Strip& strip, const Run& run) {
     using Group = Decoded<Dot, N>;
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
-    const __m256 low = _mm256_load_ps(p.levels->steps), high = _mm256_load_ps(p.levels->steps + 8);
+    const Steps steps(p.levels->steps);
     const Levels<N> levels = levels_of<N>(p, Group::kFlip);
     Group group(strip);
     float factors[kMaxTokens];
-    __m256 step[4];
+    F step[kParts];
     for (int g = run.first; g < run.first + run.count; ++g) {
         factors_of(p, g, N, 0, p.tokens, factors);
         group.begin(g);
@@ -155,7 +158,7 @@ void many_tokens(const Strip& strip, const Run& run) {
             group.decode(planes, levels);
             const uint8_t* codes =
                 block.codes[static_cast<size_t>(g)] + static_cast<size_t>(s) * 16;
-            for (int part = 0; part < 4; ++part) step[part] = row_steps(codes, part, low, high);
+            for (int part = 0; part < kParts; ++part) step[part] = steps.of(codes, part);
             group.multiply(factors, step, sums);
             repeat<N>([&]<int i>() PLIANT_LAMBDA { planes[i] += 256; });
         }
@@ -187,4 +190,4 @@ void multiply_strips(const CodedProduct& p) {
     }
 }
 
-}  // namespace pliant::avx2
+}  // namespace pliant::PLIANT_BYTES
