@@ -109,27 +109,28 @@ void multiply(const Strip& strip, const Run& run) {
     const CodedProduct& p = strip.p;
     const CodedBlock& block = *p.block;
     const Steps steps(p.levels->steps);
-    Few few(p);
+    Few products(p);
     for (int g = run.first, end = g + run.count; g < end; ++g) {
-        few.begin(g);
+        products.begin(g);
         float factors[T];
         factors_of(p, g, N, 0, T, factors);
         const uint8_t* codes =
             block.codes[static_cast<size_t>(g)] + static_cast<size_t>(strip.first) * 16;
         const uint8_t* planes[N];
         planes_of<N>(block, g, strip.first, planes);
-        few.add(strip, planes, codes, steps, factors, strip.sums);
+        products.add(strip, planes, codes, steps, factors, strip.sums);
     }
 }
 
-constexpr int kFew = kBytes / 8;  // tokens for which plies are not decoded to memory first
+// Tokens for which plies are not decoded to memory first. With deep groups that pays sooner.
+constexpr int few(int depth) { return depth >= kWideDepth ? 4 : kBytes / 8; }
 
 template <typename Dot, int N>
 void few_tokens(const Strip& strip, const Run& run) {
     using Block = void (*)(const Strip&, const Run&);
     static constexpr auto kBlocks = []<int... T>(std::integer_sequence<int, T...>) {
-        return std::array<Block, kFew>{multiply<Dot, N, T + 1>...};
-    }(std::make_integer_sequence<int, kFew>{});
+        return std::array<Block, few(N)>{multiply<Dot, N, T + 1>...};
+    }(std::make_integer_sequence<int, few(N)>{});
     kBlocks[static_cast<size_t>(strip.p.tokens - 1)](strip, run);
 }
 
@@ -178,7 +179,8 @@ void multiply_strips(const CodedProduct& p) {
         std::fill_n(sums, (last - first) * p.tokens * kSupertile, 0.0f);
         for (const Run& run : p.block->runs)
             with_depth(run.depth, [&]<int N>() {
-                p.tokens <= kFew ? few_tokens<Dot, N>(strip, run) : many_tokens<Dot, N>(strip, run);
+                p.tokens <= few(N) ? few_tokens<Dot, N>(strip, run)
+                                   : many_tokens<Dot, N>(strip, run);
             });
         const float* sum = sums;
         for (int s = first; s < last; ++s)
