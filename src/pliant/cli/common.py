@@ -168,6 +168,9 @@ def add_park_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+ISAS = ("auto", "amx", "avx512", "avx512vnni", "avx512bw", "avxvnni", "avx2", "plain")
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """--threads and --isa."""
     group = parser.add_argument_group("engine")
@@ -179,9 +182,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--isa",
-        choices=("auto", "amx", "avx512", "avx512vnni", "avx512bw", "avxvnni", "avx2", "plain"),
+        metavar="NAME",
+        choices=ISAS,
         default="auto",
-        help="kernels to compute with (default: the best that this CPU has)",
+        help=f"kernels to compute with: {', '.join(ISAS)} (default: the best that this CPU has)",
     )
 
 
