@@ -30,22 +30,17 @@ PLIANT_INLINE B load(const void* from) { return _mm512_load_si512(from); }
 PLIANT_INLINE void store(void* to, B a) { _mm512_store_si512(to, a); }
 PLIANT_INLINE B repeated(__m128i row) { return _mm512_broadcast_i32x4(row); }
 
-// By S bits inside bytes, garbage in the bits that come in.
-template <int S>
-PLIANT_INLINE B left(B a) {
-    if constexpr (S == 0)
-        return a;
-    else if constexpr (S > 0)
-        return _mm512_slli_epi16(a, S);
-    else
-        return _mm512_srli_epi16(a, -S);
-}
+// Words shifted: to the left, to the right, and to the right with their signs.
 template <int S>
 PLIANT_INLINE B words_left(B a) {
     return _mm512_slli_epi16(a, S);
 }
 template <int S>
-PLIANT_INLINE B words_right(B a) {  // with the sign
+PLIANT_INLINE B words_right(B a) {
+    return _mm512_srli_epi16(a, S);
+}
+template <int S>
+PLIANT_INLINE B words_divided(B a) {
     return _mm512_srai_epi16(a, S);
 }
 PLIANT_INLINE B add_bytes(B a, B b) { return _mm512_add_epi8(a, b); }
@@ -69,17 +64,7 @@ PLIANT_INLINE B either(B mask, B a, B b) {  // mask and a, or b
 PLIANT_INLINE B choose_bytes(B which, B a, B b) {
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(which), b, a);
 }
-// Where the mask has a bit, that of a shifted left by S, elsewhere that of b; and in `rest` where
-// it has none that of b shifted right, elsewhere that of a. The mask has S bits, then none of S.
-template <int S>
-PLIANT_INLINE B exchange(B mask, B a, B b, B& rest) {
-    rest = choose(mask, a, left<-S>(b));
-    return choose(mask, left<S>(a), b);
-}
 
-// In assembly, so that sums stay in their registers.
-PLIANT_INLINE void add32(B& sum, B product) { asm("vpaddd %1, %0, %0" : "+v"(sum) : "v"(product)); }
-PLIANT_INLINE void add16(B& sum, B product) { asm("vpaddw %1, %0, %0" : "+v"(sum) : "v"(product)); }
 // Unsigned bytes times signed ones, four neighbours added. Of AVX512-VNNI; in assembly, and so only
 // the assembler has to know it.
 PLIANT_INLINE void add_dot(B& sum, B is_unsigned, B is_signed) {
@@ -122,20 +107,15 @@ PLIANT_INLINE void store(void* to, B a) { _mm256_store_si256(static_cast<B*>(to)
 PLIANT_INLINE B repeated(__m128i row) { return _mm256_broadcastsi128_si256(row); }
 
 template <int S>
-PLIANT_INLINE B left(B a) {
-    if constexpr (S == 0)
-        return a;
-    else if constexpr (S > 0)
-        return _mm256_slli_epi16(a, S);
-    else
-        return _mm256_srli_epi16(a, -S);
-}
-template <int S>
 PLIANT_INLINE B words_left(B a) {
     return _mm256_slli_epi16(a, S);
 }
 template <int S>
 PLIANT_INLINE B words_right(B a) {
+    return _mm256_srli_epi16(a, S);
+}
+template <int S>
+PLIANT_INLINE B words_divided(B a) {
     return _mm256_srai_epi16(a, S);
 }
 PLIANT_INLINE B add_bytes(B a, B b) { return _mm256_add_epi8(a, b); }
@@ -152,15 +132,7 @@ PLIANT_INLINE B negated(B a, Signs where) { return _mm256_sign_epi8(a, where); }
 
 PLIANT_INLINE B either(B mask, B a, B b) { return _mm256_or_si256(_mm256_and_si256(mask, a), b); }
 PLIANT_INLINE B choose_bytes(B which, B a, B b) { return _mm256_blendv_epi8(b, a, which); }
-template <int S>
-PLIANT_INLINE B exchange(B mask, B a, B b, B& rest) {
-    const B change = _mm256_and_si256(_mm256_xor_si256(left<S>(a), b), mask);
-    rest = _mm256_xor_si256(a, left<-S>(change));
-    return _mm256_xor_si256(b, change);
-}
 
-PLIANT_INLINE void add32(B& sum, B product) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product)); }
-PLIANT_INLINE void add16(B& sum, B product) { asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product)); }
 // Of AVX-VNNI.
 PLIANT_INLINE void add_dot(B& sum, B is_unsigned, B is_signed) {
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(is_unsigned), "xm"(is_signed));
@@ -201,6 +173,34 @@ constexpr int kBeside = 64 / kBytes;        // parts that lie beside each other
 constexpr size_t place(int part, int h) {
     return static_cast<size_t>(128 * (part / kBeside) + 64 * h + kBytes * (part % kBeside));
 }
+
+// By S bits inside bytes, garbage in the bits that come in.
+template <int S>
+PLIANT_INLINE B left(B a) {
+    if constexpr (S == 0)
+        return a;
+    else if constexpr (S > 0)
+        return words_left<S>(a);
+    else
+        return words_right<-S>(a);
+}
+// Where the mask has a bit, that of a shifted left by S, elsewhere that of b; and in `rest` where
+// it has none that of b shifted right, elsewhere that of a. The mask has S bits, then none of S.
+template <int S>
+PLIANT_INLINE B exchange(B mask, B a, B b, B& rest) {
+#if defined(PLIANT_AVX512)
+    rest = choose(mask, a, left<-S>(b));
+    return choose(mask, left<S>(a), b);
+#else
+    const B change = (left<S>(a) ^ b) & mask;
+    rest = a ^ left<-S>(change);
+    return b ^ change;
+#endif
+}
+
+// In assembly, so that sums stay in their registers.
+PLIANT_INLINE void add32(B& sum, B product) { asm("vpaddd %1, %0, %0" : "+v"(sum) : "v"(product)); }
+PLIANT_INLINE void add16(B& sum, B product) { asm("vpaddw %1, %0, %0" : "+v"(sum) : "v"(product)); }
 
 PLIANT_INLINE B broadcast(const int8_t* x) {
     int32_t four;

@@ -18,11 +18,7 @@ PLIANT_INLINE void add_product(__m512i& sum, __m512i w, __m512i x) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
 }
 
-PLIANT_INLINE __m512i broadcast(const int8_t* x) {
-    int32_t four;
-    __builtin_memcpy(&four, x, 4);
-    return _mm512_set1_epi32(four);
-}
+using bytes64::broadcast;
 
 // The sums of T tokens and one or two tiles. Members of nested structs become registers; elements
 // of arrays that live through a loop stay in memory.

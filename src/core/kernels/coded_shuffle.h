@@ -136,8 +136,8 @@ void few_tokens(const Strip& strip, const Run& run) {
 
 // Many tokens: as many at a time as there are registers for their sums.
 template <typename Dot, int N>
-using Decoded = std::conditional_t<(N < kWideDepth), NarrowBytes<Dot, N>,
-                                   std::conditional_t<Dot::kWords, InWords<N>, WideBytes<Dot, N>>>;
+using Decoded = std::conditional_t<(N < kWideDepth), NarrowBytes<Dot, For<Dot, N>>,
+                                   std::conditional_t<Dot::kWords, InWords, WideBytes<Dot>>>;
 template <typename Dot, int N>
 void many_tokens(const Strip& strip, const Run& run) {
     using Group = Decoded<Dot, N>;
@@ -156,7 +156,7 @@ void many_tokens(const Strip& strip, const Run& run) {
         float* sums = strip.sums;
         for (int s = strip.first; s < strip.last; ++s, sums += p.tokens * kSupertile) {
             strip.scout.go(N);
-            group.decode(planes, levels);
+            group.template decode<N>(planes, levels);
             const uint8_t* codes =
                 block.codes[static_cast<size_t>(g)] + static_cast<size_t>(s) * 16;
             for (int part = 0; part < kParts; ++part) step[part] = steps.of(codes, part);

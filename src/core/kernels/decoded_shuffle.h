@@ -31,9 +31,8 @@ PLIANT_INLINE void each_level(const uint8_t* const* planes, const Levels<N>& lev
 // A decoded group of a supertile, and its products with many tokens, which are added to
 // sums[token][32]; in functions of their own, so that their sums have all registers. Bytes: [16
 // quads of columns][32 rows][4 columns].
-template <typename Dot, int N>
+template <typename Dot, typename Kind>
 struct NarrowBytes {
-    using Kind = For<Dot, N>;
     static constexpr int kFlip = Kind::kFlip;
     alignas(64) uint8_t levels[kSupertile * kGroup];
     const CodedProduct& p;
@@ -47,6 +46,7 @@ struct NarrowBytes {
         for (int t = 0; t < p.tokens; ++t)
             starts[t] = Kind::start(p.x->sum_narrow[first + static_cast<size_t>(t)]);
     }
+    template <int N>
     PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& table) {
         each_level<N>(planes, table, [&](int part, int quad, B w) PLIANT_LAMBDA {
             store(levels + quad * 4 * kSupertile + kBytes * part, w);
@@ -74,7 +74,7 @@ struct NarrowBytes {
 };
 
 // The same with wide levels and inputs.
-template <typename Dot, int N>
+template <typename Dot>
 struct WideBytes {
     static constexpr int kFlip = Dot::kFlip;
     alignas(64) uint8_t high[kSupertile * kGroup], low[kSupertile * kGroup];
@@ -83,6 +83,7 @@ struct WideBytes {
 
     explicit WideBytes(const Strip& strip) : p(strip.p) {}
     void begin(int group) { first = p.x->at(group, 0); }
+    template <int N>
     PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& table) {
         const B flip = bytes(kFlip);
         each_level<N>(planes, table, [&](int part, int quad, const Deep& w) PLIANT_LAMBDA {
@@ -117,8 +118,9 @@ struct WideBytes {
 struct Words {
     B even, odd;
     PLIANT_INLINE Words(B high, B low)
-        : even(add_words(words_right<4>(words_left<8>(high)), words_right<8>(words_left<8>(low)))),
-          odd(add_words(words_right<4>(high & words(-256)), words_right<8>(low))) {}
+        : even(add_words(words_divided<4>(words_left<8>(high)),
+                         words_divided<8>(words_left<8>(low)))),
+          odd(add_words(words_divided<4>(high & words(-256)), words_divided<8>(low))) {}
 };
 
 // The sums of T tokens and a part.
@@ -159,7 +161,6 @@ struct WordSums<0> {
 };
 
 // As these, in words: [parts][16 quads of columns]: words of even and of odd columns, lo + kFlip.
-template <int N>
 struct InWords {
     static constexpr int kFlip = 0;
     static constexpr int kTokens = kBytes / 8;  // whose sums fit into registers
@@ -187,6 +188,7 @@ struct InWords {
         }
     }
 
+    template <int N>
     PLIANT_INLINE void decode(const uint8_t* const* planes, const Levels<N>& table) {
         each_level<N>(planes, table, [&](int part, int quad, const Deep& w) PLIANT_LAMBDA {
             const B low = negated(w.lo, w.sign);

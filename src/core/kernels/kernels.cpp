@@ -1,7 +1,5 @@
 #include "kernels.h"
 
-#include <array>
-
 #include "../error.h"
 #include "ops.h"
 
@@ -60,91 +58,48 @@ bool has_amx() {
 }
 #endif
 
-}  // namespace
+// The kernels that this machine can run, best first.
+std::vector<Kernels> usable() {
+    std::vector<Kernels> all;
+    const auto add = [&](bool can, auto... parts) {
+        if (can) all.push_back(make(parts...));
+    };
+#if defined(PLIANT_AMX)
+    add(has_amx(), "amx", avx512::fill_ops, amx::coded_product, avx512::page_product);
+#endif
+#if defined(__x86_64__)
+    add(has_avx512(), "avx512", avx512::fill_ops, avx512::coded_product, avx512::page_product);
+    add(has_avx512vnni(), "avx512vnni", avx512::fill_ops, avx512vnni::coded_product,
+        avx512vnni::page_product);
+    add(has_avx512bw(), "avx512bw", avx512::fill_ops, avx512bw::coded_product,
+        avx512bw::page_product);
+#endif
+#if defined(PLIANT_AVX_VNNI)
+    add(has_avx_vnni(), "avxvnni", avx2::fill_ops, avxvnni::coded_product, avxvnni::page_product);
+#endif
+#if defined(__x86_64__)
+    add(has_avx2(), "avx2", avx2::fill_ops, avx2::coded_product, avx2::page_product);
+#endif
+    add(true, "plain", plain::fill_ops, plain::coded_product, plain::page_product);
+    return all;
+}
 
-const Kernels& plain_kernels() {
-    static const Kernels kernels =
-        make("plain", plain::fill_ops, plain::coded_product, plain::page_product);
+const std::vector<Kernels>& all_kernels() {
+    static const std::vector<Kernels> kernels = usable();
     return kernels;
 }
 
-const Kernels* avx2_kernels() {
-#if defined(__x86_64__)
-    static const Kernels kernels =
-        make("avx2", avx2::fill_ops, avx2::coded_product, avx2::page_product);
-    return has_avx2() ? &kernels : nullptr;
-#else
-    return nullptr;
-#endif
-}
-
-const Kernels* avx_vnni_kernels() {
-#if defined(PLIANT_AVX_VNNI)
-    static const Kernels kernels =
-        make("avxvnni", avx2::fill_ops, avxvnni::coded_product, avxvnni::page_product);
-    return has_avx_vnni() ? &kernels : nullptr;
-#else
-    return nullptr;
-#endif
-}
-
-const Kernels* avx512bw_kernels() {
-#if defined(__x86_64__)
-    static const Kernels kernels =
-        make("avx512bw", avx512::fill_ops, avx512bw::coded_product, avx512bw::page_product);
-    return has_avx512bw() ? &kernels : nullptr;
-#else
-    return nullptr;
-#endif
-}
-
-const Kernels* avx512vnni_kernels() {
-#if defined(__x86_64__)
-    static const Kernels kernels =
-        make("avx512vnni", avx512::fill_ops, avx512vnni::coded_product, avx512vnni::page_product);
-    return has_avx512vnni() ? &kernels : nullptr;
-#else
-    return nullptr;
-#endif
-}
-
-const Kernels* avx512_kernels() {
-#if defined(__x86_64__)
-    static const Kernels kernels =
-        make("avx512", avx512::fill_ops, avx512::coded_product, avx512::page_product);
-    return has_avx512() ? &kernels : nullptr;
-#else
-    return nullptr;
-#endif
-}
-
-const Kernels* amx_kernels() {
-#if defined(PLIANT_AMX)
-    static const bool usable = has_amx();
-    static const Kernels kernels =
-        make("amx", avx512::fill_ops, amx::coded_product, avx512::page_product);
-    return usable ? &kernels : nullptr;
-#else
-    return nullptr;
-#endif
-}
-
-// Best first; null where this machine cannot.
-static std::array<const Kernels*, 7> all_kernels() {
-    return {amx_kernels(),      avx512_kernels(), avx512vnni_kernels(), avx512bw_kernels(),
-            avx_vnni_kernels(), avx2_kernels(),   &plain_kernels()};
-}
+}  // namespace
 
 std::vector<std::string> usable_isas() {
     std::vector<std::string> names;
-    for (const Kernels* kernels : all_kernels())
-        if (kernels != nullptr) names.emplace_back(kernels->name);
+    for (const Kernels& kernels : all_kernels()) names.emplace_back(kernels.name);
     return names;
 }
 
 const Kernels& select_kernels(const std::string& name) {
-    for (const Kernels* kernels : all_kernels())
-        if (kernels != nullptr && (name == "auto" || name == kernels->name)) return *kernels;
+    for (const Kernels& kernels : all_kernels())
+        if (name == "auto" || name == kernels.name) return kernels;
     std::string known;
     for (const std::string& isa : usable_isas()) known += (known.empty() ? "" : ", ") + isa;
     throw UsageError("no kernels for the instruction set '" + name +

@@ -244,14 +244,6 @@ struct Kernels {
     int (*places_within)(const LogitDistances& distances, float from, float to, int32_t* places);
 };
 
-const Kernels& plain_kernels();
-const Kernels* avx2_kernels();  // null if not compiled for this machine or not supported by it
-const Kernels* avx_vnni_kernels();
-const Kernels* avx512bw_kernels();
-const Kernels* avx512vnni_kernels();
-const Kernels* avx512_kernels();
-const Kernels* amx_kernels();
-
 // The usable instruction sets, best first.
 std::vector<std::string> usable_isas();
 // The kernels of `name`, or the best ones for "auto". Throws UsageError.

@@ -8,6 +8,9 @@
 #include "ops.h"
 #include "simd.h"
 #include "unroll.h"
+#if defined(PLIANT_AVX512) || defined(PLIANT_AVX2)
+#include "bytes.h"
+#endif
 
 namespace pliant::PLIANT_ISA {
 
@@ -17,9 +20,10 @@ inline constexpr int kSixteenShift = 4, kNarrowShift = 5, kNarrowStep = kSixteen
 static_assert(1 << kSixteenShift == kSixteen && 1 << kNarrowShift == kNarrowStep);
 
 #if defined(PLIANT_AVX512) || defined(PLIANT_AVX2)
+using LaneBytes = PLIANT_BYTES::B;  // four neighbouring channels of every lane
+
 #if defined(PLIANT_AVX512)
 using Lanes = V;
-using LaneBytes = __m512i;  // four neighbouring channels of every lane
 inline constexpr int kTokens = 16;
 inline constexpr int kWorthwhile = 6;  // tokens from which on this is faster than one by one
 
@@ -42,7 +46,6 @@ PLIANT_INLINE Lanes load_parts(int first, F&& row) {
 struct Lanes {
     __m256 v;
 };
-using LaneBytes = __m256i;
 inline constexpr int kTokens = 8, kWorthwhile = 4;
 
 PLIANT_INLINE Lanes load_lanes(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -102,6 +105,14 @@ inline void transpose(const float* x, size_t stride, int count, int columns, flo
         for (int i = 0; i < kTokens; ++i) to[c * kTokens + i] = row(i)[c];
         store(to + c * kTokens, change(c, load_lanes(to + c * kTokens)));
     }
+}
+
+// The sum of each lane.
+PLIANT_INLINE LaneBytes lane_sums(const LaneBytes (&v)[kGroup / 4]) {
+    using namespace PLIANT_BYTES;
+    LaneBytes pairs = bytes(0);
+    for (const LaneBytes& part : v) pairs = add_words(pairs, pair_products(bytes(1), part));
+    return word_products(pairs, words(1));
 }
 
 // A LaneCoder makes whole numbers of the inputs of a group, four channels at a time; zeros where
@@ -167,9 +178,6 @@ PLIANT_INLINE void exchange_quarters(__m512 (&a)[4]) {
 template <bool Full>
 PLIANT_INLINE void write_bytes(const LaneBytes (&v)[kGroup / 4], int count, int8_t* out,
                                int32_t* sums) {
-    __m512i pairs = _mm512_setzero_si512();
-    for (const __m512i& part : v)
-        pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(_mm512_set1_epi8(1), part));
     Lanes a[4][4];  // [vector / 4][vector % 4], then [vector / 4][token % 4]
     for (int i = 0; i < kGroup / 4; ++i) a[i / 4][i % 4].v = _mm512_castsi512_ps(v[i]);
     for (auto& four : a) transpose_parts(four);
@@ -179,8 +187,7 @@ PLIANT_INLINE void write_bytes(const LaneBytes (&v)[kGroup / 4], int count, int8
         for (int i = 0; i < 4; ++i)
             if (Full || 4 * i + e < count) _mm512_store_ps(out + (4 * i + e) * kGroup, row[i]);
     }
-    _mm512_mask_storeu_epi32(sums, static_cast<__mmask16>((1u << count) - 1),
-                             _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    _mm512_mask_storeu_epi32(sums, static_cast<__mmask16>((1u << count) - 1), lane_sums(v));
 }
 #else
 class LaneCoder {
@@ -230,9 +237,6 @@ class LaneCoder {
 template <bool Full>
 PLIANT_INLINE void write_bytes(const LaneBytes (&v)[kGroup / 4], int count, int8_t* out,
                                int32_t* sums) {
-    __m256i pairs = _mm256_setzero_si256();
-    for (const __m256i& part : v)
-        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(_mm256_set1_epi8(1), part));
     for (int half = 0; half < 2; ++half) {
         Lanes a[2][4];  // [vector / 4][vector % 4], then [vector / 4][token % 4]
         for (int i = 0; i < 8; ++i) a[i / 4][i % 4].v = _mm256_castsi256_ps(v[8 * half + i]);
@@ -246,8 +250,7 @@ PLIANT_INLINE void write_bytes(const LaneBytes (&v)[kGroup / 4], int count, int8
         }
     }
     alignas(32) int32_t sum[kTokens];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(sum),
-                       _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    PLIANT_BYTES::store(sum, lane_sums(v));
     std::copy_n(sum, count, sums);
 }
 #endif

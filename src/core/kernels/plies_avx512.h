@@ -8,25 +8,13 @@
 
 #include <algorithm>
 
-#include "kernels.h"
-#include "unroll.h"
+#include "bytes.h"
 
 namespace pliant::avx512 {
 
-// Where the mask has a bit the bit of a, elsewhere that of b.
-PLIANT_INLINE __m512i select(__m512i mask, __m512i a, __m512i b) {
-    return _mm512_ternarylogic_epi64(mask, a, b, 0xCA);
-}
-PLIANT_INLINE __m512i bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
-template <int S>
-PLIANT_INLINE __m512i left(__m512i a) {  // by S bits inside bytes, garbage in the bits that come in
-    if constexpr (S == 0)
-        return a;
-    else if constexpr (S > 0)
-        return _mm512_slli_epi16(a, S);
-    else
-        return _mm512_srli_epi16(a, -S);
-}
+using bytes64::bytes;
+using bytes64::choose;
+using bytes64::left;
 
 // Brings the bits of one to four plies together: the low nibbles of out[j] are from bit j of the
 // bytes, the high ones from bit j + 4, ply 1 on top; bits of plies that are not there are garbage.
@@ -38,8 +26,8 @@ PLIANT_INLINE void nibbles(const __m512i* v, __m512i* out) {
         even = left<1>(v[0]);
         odd = v[0];
     } else {
-        even = select(odd_bits, left<1>(v[0]), v[1]);
-        odd = select(odd_bits, v[0], left<-1>(v[1]));
+        even = choose(odd_bits, left<1>(v[0]), v[1]);
+        odd = choose(odd_bits, v[0], left<-1>(v[1]));
     }
     if constexpr (Count <= 2) {
         out[0] = left<2>(even);
@@ -52,13 +40,13 @@ PLIANT_INLINE void nibbles(const __m512i* v, __m512i* out) {
             even2 = left<1>(v[2]);
             odd2 = v[2];
         } else {
-            even2 = select(odd_bits, left<1>(v[2]), v[3]);
-            odd2 = select(odd_bits, v[2], left<-1>(v[3]));
+            even2 = choose(odd_bits, left<1>(v[2]), v[3]);
+            odd2 = choose(odd_bits, v[2], left<-1>(v[3]));
         }
-        out[0] = select(pair_bits, left<2>(even), even2);
-        out[2] = select(pair_bits, even, left<-2>(even2));
-        out[1] = select(pair_bits, left<2>(odd), odd2);
-        out[3] = select(pair_bits, odd, left<-2>(odd2));
+        out[0] = choose(pair_bits, left<2>(even), even2);
+        out[2] = choose(pair_bits, even, left<-2>(even2));
+        out[1] = choose(pair_bits, left<2>(odd), odd2);
+        out[3] = choose(pair_bits, odd, left<-2>(odd2));
     }
 }
 
@@ -79,8 +67,8 @@ struct Bits {
             high[0] = v[4];
             high[1] = left<-1>(v[4]);
         } else if constexpr (N == 6) {
-            high[0] = select(bytes(0xAA), left<1>(v[4]), v[5]);
-            high[1] = select(bytes(0xAA), v[4], left<-1>(v[5]));
+            high[0] = choose(bytes(0xAA), left<1>(v[4]), v[5]);
+            high[1] = choose(bytes(0xAA), v[4], left<-1>(v[5]));
         } else if constexpr (N > 6) {
             nibbles<N - 4>(v + 4, high);
         }
@@ -92,9 +80,9 @@ struct Bits {
         if constexpr (N <= 4)
             return below;
         else if constexpr (N <= 6)
-            return select(bytes(0x30), left<4 - j / 2 * 2>(high[j % 2]), below);
+            return choose(bytes(0x30), left<4 - j / 2 * 2>(high[j % 2]), below);
         else
-            return select(bytes(0xF0), left<(j < 4 ? 4 : 0)>(high[j % 4]), below);
+            return choose(bytes(0xF0), left<(j < 4 ? 4 : 0)>(high[j % 4]), below);
     }
 };
 
