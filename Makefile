@@ -15,6 +15,9 @@ TORCH ?= torch==2.13.0
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -path '*/__pycache__/*' -not -name '*.so')
 DEMO := packs/smollm2
 
+# An installation and a compilation at a time.
+MAKEFLAGS += --jobs=2
+
 .PHONY: demo test lint format bench sanitize races docs clean
 .DELETE_ON_ERROR:
 
@@ -23,18 +26,35 @@ DEMO := packs/smollm2
 	$(PIP) --upgrade "pip>=25.1"
 	touch $@
 
-# Torch first, so that the extra finds it satisfied. Only packing needs it, and the tests as an oracle.
-.venv/.depends: .venv/.python pyproject.toml
-	@echo "installing torch, transformers and the build tools"
+.venv/.tools: .venv/.python
 	$(PIP) "scikit-build-core>=1.0" "nanobind>=2.9" ninja
-	$(PIP) $(TORCH)
-	$(PIP) --group test
-	$(PIP) --no-build-isolation ".[pack,plot]"
 	touch $@
 
-.venv/.pliant: .venv/.depends $(SOURCES)
+# What pliant and its extras need. Torch first, so that the extra finds it satisfied: only packing needs it, and the
+# tests as an oracle.
+.venv/.depends: .venv/.tools pyproject.toml
+	@echo "installing torch and transformers"
+	$(PIP) $(TORCH)
+	$(BIN)/python -c "$$REQUIREMENTS" > .venv/requirements.txt
+	$(PIP) --group test -r .venv/requirements.txt
+	touch $@
+
+define REQUIREMENTS
+import tomllib
+project = tomllib.load(open('pyproject.toml', 'rb'))['project']
+extras = project['optional-dependencies']
+print(*project['dependencies'], *extras['pack'], *extras['plot'], sep='\n')
+endef
+export REQUIREMENTS
+
+# Built while they are being installed.
+build/wheel: .venv/.tools $(SOURCES)
 	@echo "building pliant"
-	$(PIP) --no-build-isolation --no-deps --force-reinstall .
+	rm -rf $@
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir $@ .
+
+.venv/.pliant: .venv/.depends build/wheel
+	$(PIP) --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
 
 $(DEMO)/pliant.json: | .venv/.pliant
@@ -44,10 +64,13 @@ $(DEMO)/pliant.json: | .venv/.pliant
 demo: .venv/.pliant $(DEMO)/pliant.json
 	$(BIN)/python examples/demo.py $(DEMO)
 
+# Two processes share the processors: what computes with several threads that wait for each other, as PyTorch does,
+# has one.
 test: .venv/.pliant $(DEMO)/pliant.json
-	PLIANT_TEST_PACK=$(DEMO) $(BIN)/python -m pytest
+	PLIANT_TEST_PACK=$(DEMO) OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.venv/.lint: .venv/.python pyproject.toml
+.venv/.lint: .venv/.depends
 	$(PIP) --group lint
 	touch $@
 

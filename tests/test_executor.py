@@ -254,18 +254,17 @@ def test_logits_do_not_depend_on_company_cuts_or_threads(pack: Pack, data: st.Da
     sequences = [executor.open_sequence() for _ in texts]
     got: list[list[Logits]] = [[] for _ in texts]
     done = [0] * len(texts)
-    while any(d < n for d, n in zip(done, lengths, strict=True)):
+    while unfinished := [i for i, n in enumerate(lengths) if done[i] < n]:
         seqs, counts, ids, who = [], [], [], []
-        for i, text in enumerate(texts):
-            left = lengths[i] - done[i]
-            take = min(left, data.draw(st.sampled_from([0, 1, 2, 7, 33])))
+        moves = data.draw(st.sampled_from(unfinished))  # the others may wait
+        for i in unfinished:
+            take = data.draw(st.sampled_from([1, 2, 7, 33] if i == moves else [0, 1, 2, 7, 33]))
+            take = min(take, lengths[i] - done[i])
             if take:
                 seqs.append(sequences[i])
                 counts.append(take)
-                ids += text[done[i] : done[i] + take]
+                ids += texts[i][done[i] : done[i] + take]
                 who.append(i)
-        if not seqs:
-            continue
         rows = executor.step(seqs, counts, np.array(ids, np.int32), [2] * len(seqs))
         for i, rows_of in zip(who, np.split(rows, np.cumsum(counts)[:-1]), strict=True):
             got[i].append(rows_of)

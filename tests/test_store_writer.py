@@ -241,7 +241,7 @@ def test_too_little_space_is_said_before(tmp_path: Path, monkeypatch: pytest.Mon
         (lambda a: a.update(rung_bytes=0), UsageError, "rung_bytes is 0"),
         (lambda a: a.update(shard_bytes=0), UsageError, "shard_bytes is 0"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
 )
 def test_content_that_no_pack_may_have(
     tmp_path: Path, edit: Callable[[dict[str, Any]], object], error: type[Exception], message: str

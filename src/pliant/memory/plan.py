@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -365,9 +365,9 @@ def make_plan(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) 
         return _plan(sizes, fixed, wish, rungs, most_context, level)
     if floor.total > wish.memory:
         raise BudgetError(_refusal(sizes, wish, floor))
-    plans = _plans(sizes, fixed, wish, floor.rungs)
     if wish.kv_bits is not None:
-        return max(plans, key=lambda plan: plan.kv_level, default=floor)
+        return next(_plans(sizes, fixed, wish, floor.rungs, reversed(sizes.kv_levels)), floor)
+    plans = _plans(sizes, fixed, wish, floor.rungs, sizes.kv_levels)
     if wish.context is not None:
         return min(plans, key=lambda plan: (plan.expected_kl or 0.0, -plan.kv_level), default=floor)
     best = floor
@@ -378,13 +378,20 @@ def make_plan(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) 
 
 
 def _plans(
-    sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish, rungs: int
+    sizes: PackSizes,
+    fixed: tuple[tuple[str, int], ...],
+    wish: Wish,
+    rungs: int,
+    levels: Iterable[int],
 ) -> Iterator[Plan]:
-    """The best plan of each level that fits and has the wished bits, rising."""
+    """The best plan of each of these levels that fits and has the wished bits."""
     assert wish.memory is not None
     room = wish.memory - sum(size for _, size in fixed)
     floor, most = _wished_bits(wish)
-    for level in sizes.kv_levels:
+    longest = sizes.context if wish.context is None else wish.context
+    for level in levels:
+        if level and sizes.kv_bits(level, longest) > most:  # the more tokens, the fewer bits
+            continue
         plan = _plan_at(sizes, fixed, wish, level, rungs, room)
         if plan.total <= wish.memory and (not level or floor <= plan.kv_bits <= most):
             yield plan
