@@ -8,35 +8,36 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
 # What pip takes for PyTorch. From some indexes this is the build with CUDA, 3 GB that packing does not need:
 # TORCH="torch --index-url URL" names another index.
 TORCH ?= torch==2.13.0
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -type f -not -path '*/__pycache__/*' -not -name '*.so')
 DEMO := packs/smollm2
 
-# An installation and a compilation at a time.
+# An installation and a compilation at a time. What compiles decides by itself how many processors it takes.
 MAKEFLAGS += --jobs=2
+unexport MAKEFLAGS
 
 .PHONY: demo test lint format bench sanitize races docs clean
 .DELETE_ON_ERROR:
 
 .venv/.python:
 	$(PYTHON) -m venv .venv
-	$(PIP) --upgrade "pip>=25.1"
+	$(PIP) install --upgrade "pip>=25.1"
 	touch $@
 
 .venv/.tools: .venv/.python
-	$(PIP) "scikit-build-core>=1.0" "nanobind>=2.9" ninja
+	$(PIP) install "scikit-build-core>=1.0" "nanobind>=2.9" ninja
 	touch $@
 
 # What pliant and its extras need. Torch first, so that the extra finds it satisfied: only packing needs it, and the
 # tests as an oracle.
 .venv/.depends: .venv/.tools pyproject.toml
 	@echo "installing torch and transformers"
-	$(PIP) $(TORCH)
+	$(PIP) install $(TORCH)
 	$(BIN)/python -c "$$REQUIREMENTS" > .venv/requirements.txt
-	$(PIP) --group test -r .venv/requirements.txt
+	$(PIP) install --group test -r .venv/requirements.txt
 	touch $@
 
 define REQUIREMENTS
@@ -48,13 +49,14 @@ endef
 export REQUIREMENTS
 
 # Built while they are being installed.
-build/wheel: .venv/.tools $(SOURCES)
+.venv/.wheel: .venv/.tools $(SOURCES)
 	@echo "building pliant"
-	rm -rf $@
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir $@ .
+	rm -rf build/wheel
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	touch $@
 
-.venv/.pliant: .venv/.depends build/wheel
-	$(PIP) --no-deps --force-reinstall build/wheel/*.whl
+.venv/.pliant: .venv/.depends .venv/.wheel
+	$(PIP) install --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
 
 $(DEMO)/pliant.json: | .venv/.pliant
@@ -70,8 +72,8 @@ test: .venv/.pliant $(DEMO)/pliant.json
 	PLIANT_TEST_PACK=$(DEMO) OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.venv/.lint: .venv/.depends
-	$(PIP) --group lint
+.venv/.lint: .venv/.depends | .venv/.pliant
+	$(PIP) install --group lint
 	touch $@
 
 lint: .venv/.lint .venv/.pliant

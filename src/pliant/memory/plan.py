@@ -300,6 +300,10 @@ def floor_rungs(sizes: PackSizes, wish: Wish) -> int:
     return rungs
 
 
+def _most_context(sizes: PackSizes, wish: Wish) -> int:
+    return sizes.context if wish.context is None else wish.context
+
+
 def least_context(sizes: PackSizes, wish: Wish) -> int:
     """Tokens of every session below which no plan goes; UsageError if they cannot be had."""
     if wish.context is None:
@@ -358,7 +362,7 @@ def make_plan(sizes: PackSizes, fixed: tuple[tuple[str, int], ...], wish: Wish) 
     than `memory`.
     """
     floor = smallest(sizes, fixed, wish)
-    most_context = sizes.context if wish.context is None else wish.context
+    most_context = _most_context(sizes, wish)
     if wish.memory is None:
         rungs = floor.rungs if wish.weights is not None else sizes.rungs
         level = kv_levels(sizes, wish, most_context)[-1]
@@ -388,7 +392,7 @@ def _plans(
     assert wish.memory is not None
     room = wish.memory - sum(size for _, size in fixed)
     floor, most = _wished_bits(wish)
-    longest = sizes.context if wish.context is None else wish.context
+    longest = _most_context(sizes, wish)
     for level in levels:
         if level and sizes.kv_bits(level, longest) > most:  # the more tokens, the fewer bits
             continue
@@ -407,7 +411,7 @@ def _plan_at(
 ) -> Plan:
     """The best plan with KV pages at a level, in `room` bytes for weights and KV; at least
     `rungs` of the weights."""
-    most_context = sizes.context if wish.context is None else wish.context
+    most_context = _most_context(sizes, wish)
     least = _plan(sizes, fixed, wish, rungs, least_context(sizes, wish), level)
     if wish.weights is None:
         most = _plan(sizes, fixed, wish, rungs, most_context, level)
